@@ -1,0 +1,162 @@
+"""Conformer with a CTC head: transformers' Parakeet with isthmus' own log-mel front end.
+
+Shapes: B batch, S samples, F mel bins, T encoder frames, D encoder width, V units.
+"""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, ParakeetForCTC, PreTrainedTokenizerFast
+
+from isthmus.errors import IsthmusError
+from isthmus.model.features import LogMel, LogMelSettings
+from isthmus.model.parts import PartSettings
+
+FRONT_END_FILE = "front_end.json"
+
+
+class ConformerArchitecture(PartSettings):
+    """Sizes of a Conformer (transformers' ParakeetEncoderConfig)."""
+
+    hidden_size: int = 512
+    num_hidden_layers: int = 18
+    num_attention_heads: int = 8
+    intermediate_size: int = 2048
+    conv_kernel_size: int = 11
+    subsampling_factor: int = 8
+    """Feature frames of 10 ms to an encoder frame; a power of two."""
+    subsampling_conv_channels: int = 256
+    dropout: float = 0.1
+    attention_dropout: float = 0.1
+    activation_dropout: float = 0.1
+    layerdrop: float = 0.0
+
+
+class ConformerCTC(nn.Module):
+    """Waveforms to frames, and frames to log-probabilities over spelling units.
+
+    One folder holds it all: `config.json` and `model.safetensors` (a ParakeetForCTC), the
+    tokenizer of the units, and the settings of the front end.
+    """
+
+    def __init__(
+        self, network: ParakeetForCTC, tokenizer: PreTrainedTokenizerFast, front_end: LogMelSettings
+    ):
+        super().__init__()
+        if network.config.encoder_config.num_mel_bins != front_end.num_mels:
+            raise IsthmusError(
+                f"The Conformer takes {network.config.encoder_config.num_mel_bins} mel bins, its "
+                f"front end gives {front_end.num_mels}."
+            )
+        self.network = network
+        self.tokenizer = tokenizer
+        self.log_mel = LogMel(front_end)
+
+    @property
+    def dim(self) -> int:
+        return int(self.network.config.encoder_config.hidden_size)
+
+    @property
+    def frame_rate(self) -> float:
+        return 100.0 / self.network.config.encoder_config.subsampling_factor
+
+    def output_length(self, num_samples: int) -> int:
+        """Frames of an utterance: each stride-2 convolution halves, rounding up."""
+        config = self.network.config.encoder_config
+        length = self.log_mel.output_length(num_samples)
+        for _ in range(config.subsampling_factor.bit_length() - 1):
+            length = (length + 2 * ((config.subsampling_conv_kernel_size - 1) // 2)
+                      - config.subsampling_conv_kernel_size) // config.subsampling_conv_stride + 1  # fmt: skip
+        return length
+
+    def features(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-mel features (B, T, F) and their lengths."""
+        features: tuple[Tensor, Tensor] = self.log_mel(waveforms, num_samples)
+        return features
+
+    def encode(self, features: Tensor, num_features: Tensor) -> tuple[Tensor, Tensor]:
+        """Features (B, T, F) to frames (B, T', D)."""
+        valid = torch.arange(features.shape[1], device=features.device) < num_features[:, None]
+        features = features.masked_fill(~valid[..., None], 0.0)
+        output = self.network.encoder(features, attention_mask=valid.long())
+        return output.last_hidden_state, output.attention_mask.sum(dim=1)
+
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode(*self.features(waveforms, num_samples))
+
+    def log_probs(self, frames: Tensor) -> Tensor:
+        """Log-probabilities (B, T, V) of the units, the blank among them."""
+        return self.network.ctc_head(frames).float().log_softmax(dim=-1)
+
+    @property
+    def blank(self) -> int:
+        return int(self.network.config.pad_token_id)
+
+    def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
+        """Best path: repeats joined, blanks dropped."""
+        best = log_probs.argmax(dim=-1).tolist()
+        texts = []
+        for path, length in zip(best, num_frames.tolist(), strict=True):
+            units = [unit for unit, _ in itertools.groupby(path[:length]) if unit != self.blank]
+            texts.append(" ".join(str(self.tokenizer.decode(units)).split()))
+        return texts
+
+    def save(self, folder: Path) -> None:
+        """Write the folder that `load` reads."""
+        self.network.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        front_end = self.log_mel.settings.model_dump(mode="json")
+        (folder / FRONT_END_FILE).write_text(json.dumps(front_end, indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "ConformerCTC":
+        """A model written by `save`; its frames and CTC head in its own precision."""
+        if not (folder / FRONT_END_FILE).is_file():
+            raise IsthmusError(
+                f"{folder} has no {FRONT_END_FILE}: not a Conformer written by `isthmus "
+                "pretrain-ctc`. For Parakeet models of the hub use `type: parakeet`."
+            )
+        front_end = LogMelSettings.model_validate_json((folder / FRONT_END_FILE).read_text())
+        network = ParakeetForCTC.from_pretrained(folder, use_safetensors=True, dtype="auto")
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        return cls(network, tokenizer, front_end)
+
+    @classmethod
+    def initial(
+        cls,
+        architecture: ConformerArchitecture,
+        tokenizer: PreTrainedTokenizerFast,
+        front_end: LogMelSettings,
+    ) -> "ConformerCTC":
+        """A model with random weights."""
+        encoder = AutoConfig.for_model(
+            "parakeet_encoder",
+            num_mel_bins=front_end.num_mels,
+            # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
+            initializer_range=architecture.hidden_size**-0.5,
+            **architecture.model_dump(),
+        )
+        config = AutoConfig.for_model(
+            "parakeet_ctc",
+            encoder_config=encoder,
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            ctc_loss_reduction="sum",
+        )
+        return cls(ParakeetForCTC(config), tokenizer, front_end)
+
+
+def letter_tokenizer(letters: str = "abcdefghijklmnopqrstuvwxyz' ") -> PreTrainedTokenizerFast:
+    """Spelling units for CTC: single letters, and the blank as the padding token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    vocabulary = {"<blank>": 0, "<unk>": 1} | {letter: 2 + i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<blank>", unk_token="<unk>"
+    )

@@ -1,0 +1,127 @@
+"""Where a model's files come from: a local folder, the Hugging Face hub, or this package.
+
+Only configuration, tokenizer and safetensors files are ever read: no pickles, no remote code.
+"""
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+from torch import nn
+
+from isthmus.errors import IsthmusError, suggest
+
+Tune = Literal["frozen", "lora", "full"]
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+SHIPPED = {
+    "isthmus/tiny-conformer": ASSETS / "tiny-conformer",
+    "isthmus/tiny-llama": ASSETS / "tiny-llama",
+    "isthmus/tiny-llama-chat": ASSETS / "tiny-llama-chat",
+}
+READ_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+class PartSettings(BaseModel):
+    """What every part of the model shares: strict, immutable settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class PretrainedSettings(PartSettings):
+    """A part that is loaded from a folder or a Hugging Face repository."""
+
+    path: str
+    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`)."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face repository."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """The files a part was loaded from, as a run folder records them."""
+
+    name: str
+    commit: str | None
+    sha256: dict[str, str]  # weight file -> checksum
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, "commit": self.commit, "sha256": self.sha256}
+
+
+def resolve(path: str, revision: str | None = None) -> Path:
+    """Folder with the files of model `path`, downloaded if it is a Hugging Face name.
+
+    Raises IsthmusError when the folder holds no configuration or no safetensors weights.
+    """
+    if path in SHIPPED:
+        folder = SHIPPED[path]
+    elif Path(path).expanduser().is_dir():
+        folder = Path(path).expanduser()
+    else:
+        folder = _download(path, revision)
+    if not (folder / "config.json").is_file():
+        raise IsthmusError(
+            f"{path}: the model folder {folder} has no config.json. Give a folder written by "
+            "save_pretrained(), or a Hugging Face name."
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = sorted(file.name for kind in PICKLED for file in folder.glob(kind))
+        found = f" It has pickled weights ({pickled[0]}), which can run code and are not read;" if pickled else ""
+        raise IsthmusError(
+            f"{path}: the model folder {folder} has no safetensors weights.{found} load it with "
+            "transformers and write it again with save_pretrained(), which makes safetensors."
+        )
+    return folder
+
+
+def _download(path: str, revision: str | None) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", path) or path.startswith("."):
+        raise IsthmusError(f"{path}: no such folder, and not a Hugging Face name.")
+    if path.startswith("isthmus/"):
+        known = ", ".join(SHIPPED)
+        raise IsthmusError(f"Unknown shipped model {path!r}.{suggest(path, SHIPPED)} Shipped: {known}.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=READ_FILES))
+    except Exception as error:  # the hub client raises many unrelated kinds
+        at = f" at revision {revision!r}" if revision else ""
+        raise IsthmusError(
+            f"{path}{at}: neither a local folder nor to be had from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
+        ) from error
+
+
+def source(path: str, revision: str | None = None) -> Source:
+    """Name, commit and checksums of the weights of model `path`."""
+    folder = resolve(path, revision)
+    weights = sorted(folder.glob("*.safetensors"))
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
+    return Source(path, commit, {file.name: sha256(file) for file in weights})
+
+
+def sha256(file: Path) -> str:
+    """Checksum of a file; one of the hub's cache already bears it as the name of its blob."""
+    blob = Path(os.path.realpath(file)).name
+    if re.fullmatch(r"[0-9a-f]{64}", blob):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def model_type(folder: Path) -> str:
+    """The architecture a model folder declares, such as `whisper`."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("model_type", ""))
+
+
+def freeze(module: nn.Module) -> None:
+    """No gradient, and evaluation mode."""
+    module.requires_grad_(False).eval()

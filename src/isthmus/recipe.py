@@ -1,0 +1,314 @@
+"""The experiment as one typed, frozen object: YAML in, resolved YAML out.
+
+Each part's settings stand beside the part and build it; plain settings (data, training, decoding)
+stand here.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from isthmus.errors import IsthmusError
+from isthmus.model.conformer import ConformerArchitecture
+from isthmus.model.encoder import EncoderSettings
+from isthmus.model.features import LogMelSettings
+from isthmus.model.llm import LLMArchitecture, LLMSettings
+from isthmus.model.parts import PartSettings, PretrainedSettings, Source, source
+from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
+from isthmus.model.prompt import PaperPrompt, PromptSettings
+from isthmus.model.speech_llm import SpeechLLM
+from isthmus.speech.augment import Augmentation, SpecAugment
+
+Settings = PartSettings
+
+
+class Corpus(Settings):
+    """One manifest or folder of speech."""
+
+    path: str
+    """Folder or manifest; `${ISTHMUS_SPEECH}` and other variables are expanded."""
+    repeat: int = Field(1, ge=1)
+    """How often its utterances come in an epoch."""
+
+
+class JoinSettings(Settings):
+    """Training utterances one behind the other, as one."""
+
+    probability: float = Field(0.5, ge=0, le=1)
+    """That an utterance is joined to the one before."""
+    max_seconds: float = Field(8.0, gt=0)
+    """Longest joined utterance."""
+
+
+class DataSettings(Settings):
+    """What is trained and validated on."""
+
+    train: tuple[Corpus | str, ...] = ()
+    dev: tuple[Corpus | str, ...] = ()
+    max_seconds: float = Field(30.0, gt=0)
+    """Longer utterances are bad items (encoders may set a lower limit)."""
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
+    """Bad items are counted and skipped up to this fraction; beyond it training stops."""
+    augment: Augmentation | None = None
+    """On waveforms, in training only."""
+    join: JoinSettings | None = None
+    """Random concatenation, in training only."""
+    spec_augment: SpecAugment | None = None
+    """On log-mel features, in CTC pretraining only."""
+
+
+class TrainSettings(Settings):
+    """Optimisation; the defaults are those of SLAM-ASR (section 3.3)."""
+
+    steps: int = Field(100_000, ge=1)
+    """Optimiser steps at most."""
+    learning_rate: float = Field(1e-4, gt=0)
+    warmup_steps: int = Field(1000, ge=0)
+    """Steps in which the rate rises linearly."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of the gradient."""
+    batch_size: int | None = Field(None, ge=1)
+    """Utterances of a batch; 6 unless max_duration is given."""
+    max_duration: float | None = Field(None, gt=0)
+    """Padded seconds of a batch at most, instead of batch_size."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16: matrix products in it (autocast); trained weights stay in float32."""
+    accumulate: int = Field(1, ge=1)
+    """Batches of an optimiser step."""
+    eval_every: int = Field(1000, ge=1)
+    """Steps between validations."""
+    patience: int = Field(3, ge=0)
+    """Validations without a lower loss before training stops early."""
+    save_every: int = Field(1000, ge=1)
+    """Steps between checkpoints."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints that are kept."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_batch_measure(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            if values.get("batch_size") and values.get("max_duration"):
+                raise ValueError("give batch_size or max_duration, not both")
+            if not values.get("batch_size") and not values.get("max_duration"):
+                return {**values, "batch_size": 6}
+        return values
+
+
+class DecodeSettings(Settings):
+    """How transcripts are searched for."""
+
+    beam_size: int = Field(4, ge=1)
+    """Hypotheses kept; 1 is greedy."""
+    length_penalty: float = 1.0
+    """Exponent on the length that a hypothesis' score is divided by."""
+    tokens_per_second: float = Field(30.0, gt=0)
+    """A transcript has at most this many tokens a second of audio, and ..."""
+    extra_tokens: int = Field(20, ge=1)
+    """... this many more."""
+    batch_size: int = Field(8, ge=1)
+    """Utterances decoded together; has no influence on the text."""
+
+
+class Experiment(Settings):
+    """What all recipes have."""
+
+    name: str = Field(pattern=r"^[\w.+-]+$")
+    """The run folder's name unless another is given."""
+    seed: int = Field(0, ge=0)
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+
+
+class Recipe(Experiment):
+    """A speech encoder and a language model, joined by a trained projector."""
+
+    encoder: EncoderSettings = Field(discriminator="type")
+    projector: ProjectorSettings = LinearProjectorSettings()
+    llm: LLMSettings
+    prompt: PromptSettings = Field(default=PaperPrompt(), discriminator="template")
+    decode: DecodeSettings = DecodeSettings()
+
+    def build(self) -> SpeechLLM:
+        """The model: pretrained parts loaded, the projector random (torch's generator)."""
+        encoder, llm = self.encoder.build(), self.llm.build()
+        return SpeechLLM(
+            encoder,
+            self.projector.build(encoder.dim, llm.dim),
+            llm,
+            self.prompt,
+            {"encoder": self.encoder.tune, "llm": self.llm.tune},
+        )
+
+    def sources(self) -> dict[str, Source]:
+        """Where the pretrained parts come from, with checksums of their weights."""
+        parts = {"encoder": self.encoder, "llm": self.llm}
+        return {
+            name: source(part.path, part.revision)
+            for name, part in parts.items()
+            if isinstance(part, PretrainedSettings)
+        }
+
+
+class CTCRecipe(Experiment):
+    """Pretraining of a Conformer encoder with CTC."""
+
+    architecture: ConformerArchitecture = ConformerArchitecture()
+    front_end: LogMelSettings = LogMelSettings()
+    letters: str = "abcdefghijklmnopqrstuvwxyz' "
+    """The spelling units."""
+    start_from: str | None = None
+    """A Conformer to go on from, instead of random weights."""
+
+
+class LanguageRecipe(Experiment):
+    """Training of a small language model on text made on the spot."""
+
+    architecture: LLMArchitecture = LLMArchitecture()
+    start_from: str | None = None
+    """A model to go on from, instead of random weights."""
+    domains: dict[str, float] | None = None
+    """Weights of the kinds of text (isthmus.speech.sentences)."""
+    sentences: int = Field(5000, ge=1)
+    """Examples of an epoch; each epoch has new ones."""
+    tokens_per_batch: int = Field(4000, ge=1)
+    chat: bool = False
+    """Also teach it to follow instructions to repeat what is said."""
+    raw_share: float = Field(0.1, ge=0, le=1)
+    """Chat: share of examples that are raw text."""
+    noise: float = Field(0.2, ge=0, le=1)
+    """Chat: greatest share of letters that are misheard in an utterance to be repeated."""
+    embedding_noise: float = Field(0.0, ge=0)
+    """NEFTune's alpha."""
+
+
+AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everyone but YAML 1.1 believes."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str) -> Any:
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Recipe  # type: ignore[assignment]
+) -> AnyRecipe:
+    """Read a recipe file and apply `a.b=c` overrides.
+
+    Raises IsthmusError naming the file, the key, the value, and what would be right.
+    """
+    file = find_recipe(str(path))
+    try:
+        values = parse_yaml(file.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise IsthmusError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise IsthmusError(f"{file} holds no settings (key: value lines).")
+    for override in overrides:
+        _override(values, override)
+    return validate(values, kind, str(file))
+
+
+def validate(values: dict[str, Any], kind: type[AnyRecipe], origin: str) -> AnyRecipe:
+    """The recipe of plain values; errors speak of `origin`."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [f"  {line}" for line in _explain(error, kind)]
+        raise IsthmusError("\n".join([f"{origin} is not a valid recipe:", *lines])) from error
+
+
+def dump_recipe(recipe: Experiment) -> str:
+    """The resolved recipe as YAML, every default written out."""
+    values = recipe.model_dump(mode="json")
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Recipes that come with isthmus, by name such as `tiny/projector`."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "recipes", package.parent.parent / "recipes"):
+        if folder.is_dir():
+            files = sorted(folder.rglob("*.yaml"))
+            return {str(file.relative_to(folder).with_suffix("")): file for file in files}
+    return {}
+
+
+def find_recipe(name: str) -> Path:
+    """The file `name`, or the shipped recipe of that name."""
+    if Path(name).is_file():
+        return Path(name)
+    shipped = shipped_recipes()
+    short = name.removeprefix("recipes/").removesuffix(".yaml")
+    if short in shipped:
+        return shipped[short]
+    near = difflib.get_close_matches(short, shipped, n=1)
+    hint = f" Did you mean {near[0]!r}?" if near else " `isthmus recipes` lists the shipped ones."
+    raise IsthmusError(f"No recipe {name!r}: neither a file nor shipped.{hint}")
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise IsthmusError(f"{override!r} is not an override. Write key.subkey=value.")
+    *path, last = key.split(".")
+    for name in path:
+        below = values.setdefault(name, {})
+        if not isinstance(below, dict):
+            raise IsthmusError(f"{override!r}: {name} is a value, it has no key {last!r}.")
+        values = below
+    values[last] = parse_yaml(text)
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
+    """One line a fault: the key, what is wrong, the nearest known key."""
+    for fault in error.errors():
+        location = [str(part) for part in fault["loc"]]
+        key = ".".join(location)
+        if fault["type"] == "extra_forbidden":
+            known = sorted(_known_keys(kind, location[:-1]))
+            near = difflib.get_close_matches(location[-1], known, n=1)
+            hint = f"Did you mean {near[0]!r}?" if near else f"Known keys: {', '.join(known)}."
+            yield f"unknown key {key}. {hint}"
+        elif fault["type"] == "missing":
+            yield f"{key} is missing."
+        else:
+            value = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
+            yield f"{key or 'recipe'}: {fault['msg']}{value}."
+
+
+def _known_keys(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
+    """Fields at `location` of the recipe, through the tagged unions."""
+    models: list[type[BaseModel]] = [kind]
+    for name in location:
+        below = []
+        for model in models:
+            if name in model.model_fields:
+                below += list(_models_in(model.model_fields[name].annotation))
+        models = below or models  # a union's tag or a list's index is no field: stay
+    return {name for model in models for name in model.model_fields}
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)

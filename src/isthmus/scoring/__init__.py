@@ -1,0 +1,30 @@
+"""Scores: normalised text, word and character error rates, and whether a difference is real.
+
+Needs neither torch nor transformers, so a machine without them can score what another decoded.
+"""
+
+from isthmus.scoring.error_rate import (
+    ErrorCounts,
+    Score,
+    SetScores,
+    UtteranceScore,
+    read_texts,
+    score,
+    score_sets,
+)
+from isthmus.scoring.normalise import NORMALISERS, normaliser
+from isthmus.scoring.significance import PairedResult, paired_bootstrap
+
+__all__ = [
+    "NORMALISERS",
+    "ErrorCounts",
+    "PairedResult",
+    "Score",
+    "SetScores",
+    "UtteranceScore",
+    "normaliser",
+    "paired_bootstrap",
+    "read_texts",
+    "score",
+    "score_sets",
+]

@@ -1,0 +1,135 @@
+"""Between utterances, lhotse's cuts and waveforms."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
+from lhotse.cut import Cut
+from lhotse.serialization import deserialize_item
+
+from isthmus.errors import IsthmusError
+from isthmus.speech.audio import DURATION_TOLERANCE, SAMPLE_RATE, AudioError, load_audio
+from isthmus.speech.formats import beside_or_here
+from isthmus.speech.utterances import Utterance
+
+# Custom fields that isthmus adds to a cut: the line it came from, and what is wrong with that line.
+ORIGIN, FAULT = "isthmus_origin", "isthmus_fault"
+
+
+def to_cut(utterance: Utterance) -> MonoCut:
+    """A cut with one supervision; fields without a place of their own are in `cut.custom`."""
+    duration = utterance.duration
+    recording = Recording(
+        id=utterance.id,
+        # One channel whatever the file has: the mean of them (see load_cut).
+        sources=[AudioSource(type="file", channels=[0], source=str(utterance.audio))],
+        sampling_rate=utterance.sample_rate,
+        num_samples=round(utterance.recording_duration * utterance.sample_rate),
+        duration=utterance.recording_duration,
+    )
+    supervision = SupervisionSegment(
+        id=utterance.id,
+        recording_id=utterance.id,
+        start=0.0,
+        duration=duration,
+        text=utterance.text,
+        language=utterance.language,
+        speaker=utterance.speaker,
+        gender=utterance.gender,
+    )
+    custom: dict[str, Any] = {**utterance.custom, ORIGIN: utterance.origin}
+    if utterance.fault:
+        custom[FAULT] = list(utterance.fault)
+    return MonoCut(
+        id=utterance.id,
+        start=utterance.start,
+        duration=duration,
+        channel=0,
+        supervisions=[supervision],
+        recording=recording,
+        custom=custom,
+    )
+
+
+def lhotse_cut(item: dict[str, Any], manifest: Path, number: int) -> Cut:
+    """The cut of one line of a lhotse manifest; raises IsthmusError for other items."""
+    origin = f"{manifest}:{number}"
+    try:
+        cut = deserialize_item(item)
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise IsthmusError(f"{origin}: lhotse cannot read this line ({error!r}).") from error
+    if not isinstance(cut, Cut):
+        raise IsthmusError(
+            f"{origin}: a {type(cut).__name__} where a cut was expected. Join recordings and "
+            "supervisions with `lhotse cut simple`."
+        )
+    if len(cut.supervisions) > 1:
+        raise IsthmusError(
+            f"{origin}: cut {cut.id!r} holds {len(cut.supervisions)} supervisions; an utterance "
+            "has one. Split it with `lhotse cut trim-to-supervisions`."
+        )
+    if isinstance(cut, MonoCut):
+        cut.custom = {**(cut.custom or {}), ORIGIN: origin}
+        for source in cut.recording.sources if cut.has_recording else ():
+            if source.type == "file":
+                path = beside_or_here(source.source, Path())
+                here = Path(path) if Path(path).exists() else manifest.parent / source.source
+                source.source = str(here)
+    return cut
+
+
+def load_cut(cut: Cut) -> np.ndarray:
+    """(S,) float32 mono 16 kHz waveform of a cut, read by `load_audio`.
+
+    Raises AudioError for bad audio and where its length differs from the cut's duration by more
+    than 25 ms, IsthmusError where the cut's line of the manifest is at fault.
+    """
+    custom = getattr(cut, "custom", None) or {}
+    if FAULT in custom:
+        raise IsthmusError(custom[FAULT][1])
+    source = _source(cut)
+    recording = cut.recording
+    is_whole = cut.start == 0 and recording.duration - cut.duration <= DURATION_TOLERANCE
+    # A little more of a whole recording, to notice a file longer than its manifest says.
+    margin = 4 * DURATION_TOLERANCE if is_whole else 0.0
+    waveform = load_audio(
+        source,
+        start=cut.start,
+        duration=cut.duration + margin,
+        channel=cut.channel if recording.num_channels > 1 else None,
+    )
+    decoded = len(waveform) / SAMPLE_RATE
+    if abs(decoded - cut.duration) > DURATION_TOLERANCE:
+        at_least = "at least " if decoded > cut.duration else ""
+        raise AudioError(
+            "wrong_duration",
+            f"{_shown(source)}: holds {at_least}{decoded:.3f} s, but the manifest says "
+            f"{cut.duration:.3f} s. Correct the duration, or leave it out to have it measured.",
+        )
+    return waveform
+
+
+def _source(cut: Cut) -> str | bytes:
+    """The file of a cut, or its bytes; refuses what only lhotse's own audio reading could do."""
+    if not isinstance(cut, MonoCut) or not cut.has_recording:
+        raise _unsupported(cut, f"is a {type(cut).__name__} without one recording")
+    if len(cut.recording.sources) != 1 or cut.recording.transforms:
+        raise _unsupported(cut, "has several files, or audio that is yet to be changed")
+    source = cut.recording.sources[0]
+    if source.type not in ("file", "memory"):
+        raise _unsupported(cut, f"has its audio behind a {source.type}")
+    content: str | bytes = source.source
+    return content
+
+
+def _unsupported(cut: Cut, what: str) -> AudioError:
+    return AudioError(
+        "unsupported",
+        f"cut {cut.id!r} {what}; isthmus reads one plain file for each utterance. Save it with "
+        "lhotse's `cut.save_audio` and use the cut that gives.",
+    )
+
+
+def _shown(source: str | bytes) -> str:
+    return source if isinstance(source, str) else f"audio of {len(source)} bytes"

@@ -1,0 +1,309 @@
+"""Readers of the corpus formats people have: each gives rows under isthmus's own field names.
+
+Known are folders of audio with transcripts, JSON lines (isthmus, NeMo, SLAM-LLM) and Kaldi
+folders. The format is recognised by content, never by the name of the corpus.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from isthmus.errors import IsthmusError
+from isthmus.speech.utterances import Row
+
+AUDIO_SUFFIXES = frozenset(
+    f".{name}"
+    for name in (
+        *("wav", "flac", "ogg", "opus", "mp3", "m4a", "mp4", "aac", "webm", "mkv"),
+        *("aif", "aiff", "au", "caf", "w64", "amr", "wma", "sph"),
+    )
+)
+TABLES = ("metadata.csv", "metadata.tsv", "transcripts.tsv", "transcripts.csv")
+_FILE_COLUMNS = ("file_name", "filename", "file", "path", "audio", "audio_filepath", "wav")
+_TEXT_COLUMNS = ("text", "transcription", "transcript", "sentence", "target")
+
+# Field of the format -> field of isthmus; the first key tells the format.
+ISTHMUS_FIELDS = {"audio": "audio"}
+JSON_FORMATS = {
+    "nemo": {"audio_filepath": "audio", "offset": "start", "lang": "language"},
+    "isthmus": ISTHMUS_FIELDS,
+    "folder": {"file_name": "audio", "transcription": "text"},
+    "slam-llm": {"source": "audio", "key": "id", "target": "text"},
+}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row, the folder its relative path starts at, where it stands and its number from 1."""
+
+    row: Row
+    base: Path
+    origin: str
+    position: int
+
+
+def open_text(path: Path) -> TextIO:
+    """A UTF-8 text file, gzip or not; bytes that are no UTF-8 become lone surrogates."""
+    try:
+        with path.open("rb") as probe:
+            zipped = probe.read(2) == b"\x1f\x8b"
+        opener = gzip.open if zipped else open
+        return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+    except OSError as error:
+        raise IsthmusError(f"{path}: cannot be opened ({error}). Correct the path.") from error
+
+
+def text_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number (from 1) and content of each line of `path` that is not blank."""
+    with open_text(path) as stream:
+        try:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield number, line.rstrip("\r\n")
+        except (EOFError, OSError) as error:
+            raise IsthmusError(f"{path}: damaged ({error}). Copy it again.") from error
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Line number and object of each line of a JSON-lines file; raises IsthmusError."""
+    for number, line in text_lines(path):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise IsthmusError(
+                f"{path}:{number}: not valid JSON ({error}). Write one JSON object on each line."
+            ) from error
+        if not isinstance(row, dict):
+            raise IsthmusError(
+                f"{path}:{number}: a {type(row).__name__} where an object was expected. "
+                "Write one JSON object on each line."
+            )
+        yield number, row
+
+
+def is_lhotse(row: Row) -> bool:
+    """Whether a JSON object is a manifest item of lhotse (cut, recording or supervision)."""
+    return {"type", "id"} <= row.keys() or "sources" in row or "recording_id" in row
+
+
+def recognise(path: Path) -> str:
+    """The format of `path`: `kaldi`, `folder`, `lhotse` or a key of JSON_FORMATS.
+
+    Raises IsthmusError where `path` is missing or nothing known.
+    """
+    if path.is_dir():
+        return "kaldi" if (path / "wav.scp").is_file() else "folder"
+    if not path.is_file():
+        raise IsthmusError(f"{path}: no such corpus. Name a manifest or a folder that exists.")
+    if path.suffix.lower() in AUDIO_SUFFIXES:
+        raise IsthmusError(f"{path}: one audio file is no corpus. Name its folder or a manifest.")
+    if path.suffix.lower() in (".csv", ".tsv"):
+        return "table"
+    for number, row in json_rows(path):
+        if is_lhotse(row):
+            return "lhotse"
+        for name, fields in JSON_FORMATS.items():
+            if next(iter(fields)) in row:
+                return name
+        raise IsthmusError(
+            f"{path}:{number}: none of the fields audio, audio_filepath (NeMo), source (SLAM-LLM) "
+            f"or recording (lhotse) is in it, only {', '.join(sorted(row)) or 'nothing'}."
+        )
+    raise IsthmusError(f"{path}: there is no utterance in it. Name a manifest that has some.")
+
+
+def read_lines(path: Path, form: str) -> Iterator[Line]:
+    """Rows of the corpus `path` in format `form`, as `recognise` gives it (but `lhotse`)."""
+    if form == "kaldi":
+        return _kaldi(path)
+    if form == "table":
+        return _table(path)
+    if path.is_dir():
+        return _folder(path)
+    return _json_lines(path, JSON_FORMATS[form])
+
+
+def _json_lines(path: Path, fields: dict[str, str]) -> Iterator[Line]:
+    # Foreign tools write paths relative to where they ran; isthmus's are relative to the manifest.
+    foreign = fields is not ISTHMUS_FIELDS
+    for number, row in json_rows(path):
+        renamed = {fields.get(key, key): value for key, value in row.items()}
+        audio = renamed.get("audio")
+        if foreign and isinstance(audio, str):
+            renamed["audio"] = beside_or_here(audio, path.parent)
+        yield Line(renamed, path.parent, f"{path}:{number}", number)
+
+
+def beside_or_here(audio: str, base: Path) -> str:
+    """`audio` relative to `base`, or to the working folder where only that exists."""
+    try:
+        if not (base / audio).exists() and Path(audio).exists():
+            return str(Path(audio).absolute())
+    except (OSError, ValueError):  # a name too long or with a NUL: loading it will say so
+        pass
+    return audio
+
+
+def _folder(folder: Path) -> Iterator[Line]:
+    """Audio with transcripts in a table, in `*.trans.txt` files, or beside each file."""
+    for name in TABLES:
+        if (folder / name).is_file():
+            yield from _table(folder / name)
+            return
+    transcripts = sorted(folder.rglob("*.trans.txt"))
+    if transcripts:
+        for path in transcripts:
+            yield from transcript_lines(path)
+        return
+    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    manifests = sorted(folder.glob("*.jsonl")) + sorted(folder.glob("*.jsonl.gz"))
+    if manifests and not any(file.parent == folder for file in files):
+        if len(manifests) > 1:
+            names = ", ".join(manifest.name for manifest in manifests)
+            raise IsthmusError(f"{folder}: holds several manifests ({names}). Name one of them.")
+        form = recognise(manifests[0])
+        if form == "lhotse":
+            raise IsthmusError(f"{folder}: name the lhotse manifest itself, {manifests[0]}.")
+        yield from read_lines(manifests[0], form)
+        return
+    if not files:
+        raise IsthmusError(
+            f"{folder}: no audio, no wav.scp (Kaldi), no *.trans.txt and none of "
+            f"{', '.join(TABLES)} in it. Name a folder that has one of them."
+        )
+    for position, file in enumerate(files, start=1):
+        relative = file.relative_to(folder)
+        row: Row = {"audio": str(relative), "id": "-".join(relative.with_suffix("").parts)}
+        for suffix in (".txt", ".lab"):
+            if file.with_suffix(suffix).is_file():
+                with open_text(file.with_suffix(suffix)) as stream:
+                    row["text"] = stream.read().strip()
+                break
+        yield Line(row, folder, str(file), position)
+
+
+def transcript_lines(path: Path) -> Iterator[Line]:
+    """Lines `id words` of a LibriSpeech `*.trans.txt`, with the audio beside it."""
+    for number, line in text_lines(path):
+        identifier, _, text = line.partition(" ")
+        audio = next(
+            (
+                identifier + suffix
+                for suffix in (".flac", *sorted(AUDIO_SUFFIXES))
+                if (path.parent / (identifier + suffix)).is_file()
+            ),
+            identifier + ".flac",
+        )
+        row = {"id": identifier, "audio": audio, "text": text.strip()}
+        yield Line(row, path.parent, f"{path}:{number}", number)
+
+
+def _table(path: Path) -> Iterator[Line]:
+    """A table of file and text: tabs, commas or bars, with or without a line of names."""
+    rows = text_lines(path)
+    first = next(rows, None)
+    if first is None:
+        raise IsthmusError(f"{path}: there is no utterance in it.")
+    tabs = "\t" in first[1] or path.suffix.lower() == ".tsv"
+    delimiter = "\t" if tabs else "|" if "|" in first[1] else ","
+    names = [name.strip().lower() for name in _cells(first[1], delimiter)]
+    file_column = next((name for name in _FILE_COLUMNS if name in names), None)
+    text_column = next((name for name in _TEXT_COLUMNS if name in names), None)
+    if file_column and text_column:
+        rename = {file_column: "audio", text_column: "text"}
+        names = [rename.get(name, name) for name in names]
+    else:
+        names = ["audio", "text"]
+        rows = text_lines(path)
+    # LJSpeech has a third column without a name; elsewhere more columns mean an unquoted separator.
+    has_rest = delimiter == "|" and not (file_column and text_column)
+    for number, line in rows:
+        cells = _cells(line, delimiter)
+        if len(cells) < len(names) or (len(cells) > len(names) and not has_rest):
+            raise IsthmusError(
+                f"{path}:{number}: {len(cells)} columns where {len(names)} were expected "
+                f"({', '.join(names)}). Quote texts that hold the separator {delimiter!r}."
+            )
+        row: Row = dict(zip(names, (cell.strip() for cell in cells), strict=False))
+        row["audio"] = _find_audio(row["audio"], path.parent)
+        yield Line(row, path.parent, f"{path}:{number}", number)
+
+
+def _cells(line: str, delimiter: str) -> list[str]:
+    # Only commas are ever quoted; in tab and bar tables a quotation mark is part of the text.
+    if delimiter != ",":
+        return line.split(delimiter)
+    return next(csv.reader([line]))
+
+
+def _find_audio(name: str, base: Path) -> str:
+    """The file meant by a table's name: itself, or with a suffix, or in a usual folder."""
+    if Path(name).suffix.lower() in AUDIO_SUFFIXES and (base / name).is_file():
+        return name
+    for folder in ("", "wavs", "clips", "audio", "wav"):
+        for suffix in ("", *sorted(AUDIO_SUFFIXES)):
+            candidate = Path(folder) / (name + suffix)
+            if candidate.suffix.lower() in AUDIO_SUFFIXES and (base / candidate).is_file():
+                return str(candidate)
+    return name
+
+
+def _kaldi(folder: Path) -> Iterator[Line]:
+    """A Kaldi data folder: wav.scp and, where there, segments, text, utt2spk, utt2lang."""
+    recordings = _mapping(folder / "wav.scp")
+    for identifier, (number, audio) in recordings.items():
+        if audio.rstrip().endswith("|"):
+            raise IsthmusError(
+                f"{folder / 'wav.scp'}:{number}: recording {identifier!r} is the output of a "
+                "command, and isthmus runs no commands from data. Run it once, keep its output "
+                "as a file, and name that file here."
+            )
+    fields = {
+        field: _mapping(folder / name) if (folder / name).is_file() else {}
+        for field, name in (("text", "text"), ("speaker", "utt2spk"), ("language", "utt2lang"))
+    }
+    segments = folder / "segments"
+    source = segments if segments.is_file() else folder / "wav.scp"
+    for identifier, (number, rest) in _mapping(source).items():
+        origin = f"{source}:{number}"
+        row: Row = {"id": identifier, "audio": rest}
+        if source is segments:
+            row |= _segment(rest, recordings, origin)
+        row["audio"] = beside_or_here(row["audio"], folder)
+        for name, values in fields.items():
+            if identifier in values:
+                row[name] = values[identifier][1]
+        yield Line(row, folder, origin, number)
+
+
+def _segment(rest: str, recordings: dict[str, tuple[int, str]], origin: str) -> Row:
+    try:
+        recording, begin, end = rest.split()
+        start, stop = float(begin), float(end)
+    except ValueError as error:
+        raise IsthmusError(
+            f"{origin}: {rest!r} is no segment. Write: utterance recording start end."
+        ) from error
+    if recording not in recordings:
+        raise IsthmusError(f"{origin}: recording {recording!r} is not in wav.scp. Add it there.")
+    # Kaldi writes an end of -1 for "up to the end of the recording".
+    duration = None if stop == -1 else round(stop - start, 6)
+    return {"audio": recordings[recording][1], "start": start, "duration": duration}
+
+
+def _mapping(path: Path) -> dict[str, tuple[int, str]]:
+    """Kaldi's `key value` lines as key -> (line number, value); a key comes once."""
+    values: dict[str, tuple[int, str]] = {}
+    for number, line in text_lines(path):
+        key, *rest = line.split(maxsplit=1)
+        if key in values:
+            raise IsthmusError(
+                f"{path}:{number}: the id {key!r} stands at {path}:{values[key][0]} already. "
+                "Ids must be unique: remove one of the lines, or rename it."
+            )
+        values[key] = (number, rest[0].strip() if rest else "")
+    return values

@@ -1,0 +1,396 @@
+"""Every corpus format gives the same cuts, and every bad line is caught, counted and placed."""
+
+import gzip
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from lhotse import CutSet, MonoCut
+
+from isthmus.errors import IsthmusError, suggest
+from isthmus.speech.audio import SAMPLE_RATE, AudioError
+from isthmus.speech.corpora import (
+    CorpusReport,
+    check_corpus,
+    expand_path,
+    load_cut,
+    read_corpora,
+    read_corpus,
+    usable,
+)
+
+SPEECH = Path(os.environ.get("ISTHMUS_SPEECH") or Path(__file__).parents[3] / "shared/speech")
+TEXTS = {"a": "good morning", "b": "good evening"}
+SECONDS = {"a": 1.0, "b": 1.5}
+
+
+def write_audio(path: Path, seconds: float, rate: int = SAMPLE_RATE, channels: int = 1) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (round(seconds * rate), channels)
+    samples = np.random.default_rng(len(path.name)).uniform(-0.3, 0.3, shape)
+    soundfile.write(path, samples, rate)
+    return path
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def audio(tmp_path: Path) -> Path:
+    """A folder with a.wav of 1 s and b.wav of 1.5 s."""
+    for name, seconds in SECONDS.items():
+        write_audio(tmp_path / f"{name}.wav", seconds)
+    return tmp_path
+
+
+def sidecars(folder: Path) -> Path:
+    (folder / "a.txt").write_text("good morning\n")
+    (folder / "b.lab").write_text("good evening\n")
+    return folder
+
+
+def table_with_names(folder: Path) -> Path:
+    (folder / "metadata.csv").write_text(
+        'speaker,file_name,transcription\np,a.wav,good morning\nq,b.wav,"good evening"\n'
+    )
+    return folder
+
+
+def table_of_tabs(folder: Path) -> Path:
+    (folder / "transcripts.tsv").write_text("a.wav\tgood morning\nb.wav\tgood evening\n")
+    return folder
+
+
+def table_of_bars(folder: Path) -> Path:
+    (folder / "metadata.csv").write_text("a|good morning|Good morning.\nb|good evening|G\n")
+    return folder
+
+
+def librispeech_like(folder: Path) -> Path:
+    (folder / "1-2.trans.txt").write_text("a good morning\nb good evening\n")
+    return folder
+
+
+def isthmus_lines(folder: Path) -> Path:
+    rows = [{"audio": f"{name}.wav", "text": text} for name, text in TEXTS.items()]
+    return write_jsonl(folder / "train.jsonl", rows)
+
+
+def zipped_lines(folder: Path) -> Path:
+    data = isthmus_lines(folder).read_bytes()
+    (folder / "train.jsonl.gz").write_bytes(gzip.compress(data))
+    return folder / "train.jsonl.gz"
+
+
+def nemo(folder: Path) -> Path:
+    rows = [
+        {"audio_filepath": f"{name}.wav", "text": text, "duration": SECONDS[name], "lang": "en"}
+        for name, text in TEXTS.items()
+    ]
+    return write_jsonl(folder / "manifest.json", rows)
+
+
+def slam_llm(folder: Path) -> Path:
+    rows = [
+        {"key": name, "source": str(folder / f"{name}.wav"), "target": text, "prompt": "Write."}
+        for name, text in TEXTS.items()
+    ]
+    return write_jsonl(folder / "slam.jsonl", rows)
+
+
+def kaldi(folder: Path) -> Path:
+    (folder / "wav.scp").write_text(f"a {folder / 'a.wav'}\nb b.wav\n")
+    (folder / "text").write_text("a good morning\nb good evening\n")
+    (folder / "utt2spk").write_text("a p\nb q\n")
+    return folder
+
+
+def lhotse_cuts(folder: Path) -> Path:
+    cuts = read_corpus(isthmus_lines(folder))
+    cuts.to_file(folder / "cuts.jsonl.gz")
+    return folder / "cuts.jsonl.gz"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        sidecars,
+        table_with_names,
+        table_of_tabs,
+        table_of_bars,
+        librispeech_like,
+        isthmus_lines,
+        zipped_lines,
+        nemo,
+        slam_llm,
+        kaldi,
+        lhotse_cuts,
+    ],
+)
+def test_every_format_gives_the_same_cuts(audio: Path, make: Callable[[Path], Path]) -> None:
+    cuts = list(read_corpus(make(audio)))
+    assert [cut.id for cut in cuts] == ["a", "b"]
+    assert [cut.supervisions[0].text for cut in cuts] == list(TEXTS.values())
+    assert [cut.duration for cut in cuts] == list(SECONDS.values())
+    assert [len(load_cut(cut)) for cut in cuts] == [16_000, 24_000]
+    report = check_corpus(CutSet.from_cuts(cuts))
+    assert (report.n_ok, report.words, report.seconds) == (2, 4, 2.5)
+
+
+def test_fields_without_a_place_go_to_custom(audio: Path) -> None:
+    row = {"id": 7, "audio": "a.wav", "text": "x", "speaker": "p", "language": "en", "gender": "f"}
+    path = write_jsonl(audio / "m.jsonl", [{**row, "slots": {"size": "big"}, "gloss": "y"}])
+    (cut,) = read_corpus(path)
+    assert cut.id == "7"
+    supervision = cut.supervisions[0]
+    assert (supervision.speaker, supervision.language, supervision.gender) == ("p", "en", "f")
+    assert cut.custom["slots"] == {"size": "big"}
+    assert cut.custom["gloss"] == "y"
+    (cut,) = [cut for cut in read_corpus(slam_llm(audio)) if cut.id == "a"]
+    assert cut.custom["prompt"] == "Write."
+
+
+def test_manifest_with_duration_opens_no_audio(tmp_path: Path) -> None:
+    row = {"audio": "none.wav", "duration": 2.0, "sample_rate": 8000, "text": "x"}
+    (cut,) = read_corpus(write_jsonl(tmp_path / "m.jsonl", [row]))
+    assert (cut.duration, cut.sampling_rate) == (2.0, 8000)
+
+
+def test_missing_ids_are_stems_made_unique_by_the_line(audio: Path) -> None:
+    rows = [{"audio": "a.wav", "start": 0.1 * n, "duration": 0.2, "text": "x"} for n in range(3)]
+    cuts = read_corpus(write_jsonl(audio / "m.jsonl", rows))
+    assert [cut.id for cut in cuts] == ["a", "a-2", "a-3"]
+
+
+def test_parts_of_a_recording_are_cut_out(audio: Path) -> None:
+    (audio / "wav.scp").write_text("rec b.wav\n")
+    (audio / "segments").write_text("u1 rec 0 0.5\nu2 rec 0.5 -1\n")
+    (audio / "text").write_text("u1 one\nu2 two\n")
+    whole = soundfile.read(audio / "b.wav", dtype="float32")[0]
+    first, second = read_corpus(audio)
+    np.testing.assert_array_equal(load_cut(first), whole[:8_000])
+    np.testing.assert_array_equal(load_cut(second), whole[8_000:])
+    assert second.supervisions[0].text == "two"
+
+
+def test_kaldi_commands_are_refused(audio: Path) -> None:
+    (audio / "wav.scp").write_text("a a.wav\nb sox b.wav -t wav - |\n")
+    with pytest.raises(IsthmusError, match=r"wav\.scp:2: recording 'b'.*runs no commands"):
+        read_corpus(audio)
+
+
+def test_same_id_twice_names_both_lines(audio: Path) -> None:
+    rows = [{"id": "u", "audio": "a.wav"}, {"id": "v", "audio": "a.wav"}]
+    path = write_jsonl(audio / "m.jsonl", [*rows, {"id": "u", "audio": "b.wav"}])
+    with pytest.raises(IsthmusError, match=r"m\.jsonl:3: the id 'u' stands at .*m\.jsonl:1"):
+        read_corpus(path)
+
+
+def test_corpora_may_not_share_an_id(audio: Path) -> None:
+    one = write_jsonl(audio / "one.jsonl", [{"audio": "a.wav"}])
+    two = write_jsonl(audio / "two.jsonl", [{"audio": "b.wav"}])
+    assert [cut.id for cut in read_corpora([one, two])] == ["a", "b"]
+    write_jsonl(two, [{"audio": "b.wav"}, {"id": "a", "audio": "b.wav"}])
+    with pytest.raises(IsthmusError, match=r"two\.jsonl:2: the id 'a' stands at .*one\.jsonl:1"):
+        read_corpora([one, two])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{\n", r"m\.jsonl:1: not valid JSON"),
+        ('{"audio": "a.wav"}\n[1]\n', r"m\.jsonl:2: a list"),
+        ('{"wave": "a.wav"}\n', r"m\.jsonl:1: none of the fields"),
+        ("\n\n", "no utterance"),
+        ('{"id": "r", "sources": []}\n', "lhotse"),
+    ],
+)
+def test_unreadable_manifests_say_where(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(content)
+    with pytest.raises(IsthmusError, match=message):
+        read_corpus(path)
+
+
+def test_paths_that_are_no_corpus(audio: Path) -> None:
+    with pytest.raises(IsthmusError, match="no such corpus"):
+        read_corpus(audio / "none")
+    with pytest.raises(IsthmusError, match="no corpus"):
+        read_corpus(audio / "a.wav")
+    (audio / "sub").mkdir()
+    with pytest.raises(IsthmusError, match="no audio"):
+        read_corpus(audio / "sub")
+
+
+def test_unquoted_separator_does_not_shorten_the_text(audio: Path) -> None:
+    (audio / "metadata.csv").write_text("a.wav,good, morning\n")
+    with pytest.raises(IsthmusError, match=r"metadata\.csv:1: 3 columns"):
+        read_corpus(audio)
+
+
+GOOD = {"audio": "a.wav", "text": "good morning"}
+BAD_LINES: list[tuple[dict[str, Any], str]] = [
+    ({"text": 17}, "bad_text"),
+    ({"text": ["a"]}, "bad_text"),
+    ({"text": None}, "no_text"),
+    ({"text": " "}, "empty_text"),
+    ({"text": "?!"}, "empty_text"),
+    ({"text": "a\0b"}, "bad_text"),
+    ({"text": "a\tb"}, "bad_text"),
+    ({"text": "a\u202eb"}, "bad_text"),
+    ({"text": "a" * 100_000}, "too_fast"),
+    ({"duration": -0.3}, "bad_duration"),
+    ({"duration": "long"}, "bad_duration"),
+    ({"duration": True}, "bad_duration"),
+    ({"duration": float("nan")}, "bad_duration"),
+    ({"start": -1}, "bad_duration"),
+    ({"duration": 0.9}, "wrong_duration"),
+    ({"duration": 1.1}, "wrong_duration"),
+    ({"start": 5.0}, "past_end"),
+    ({"start": 0.5, "duration": 1.5}, "wrong_duration"),
+    ({"audio": "none.wav"}, "missing"),
+    ({"audio": None}, "missing"),
+    ({"audio": "a.txt"}, "unreadable"),
+    ({"audio": "."}, "not_a_file"),
+    ({"audio": "long.wav"}, "too_long"),
+    ({"id": "../a"}, "bad_id"),
+    ({"id": "a\nb"}, "bad_id"),
+]
+
+
+@pytest.mark.parametrize(("change", "code"), BAD_LINES)
+def test_each_bad_line_has_its_reason(audio: Path, change: dict[str, Any], code: str) -> None:
+    (audio / "a.txt").write_text("this is no audio")
+    write_audio(audio / "long.wav", 3.0)
+    path = write_jsonl(audio / "m.jsonl", [{**GOOD, "id": "good"}, {"id": "bad", **GOOD, **change}])
+    report = check_corpus(read_corpus(path), max_seconds=2.0)
+    assert (report.n_in, report.n_ok, report.n_rejected) == (2, 1, 1)
+    assert report.reasons == {code: 1}
+    assert f"{path}:2: utterance" in report.rejections[0].message
+
+
+def test_bad_line_is_no_waveform(audio: Path) -> None:
+    path = write_jsonl(audio / "m.jsonl", [{**GOOD, "id": "sp-88", "duration": -0.3}])
+    (cut,) = read_corpus(path)
+    message = r"m\.jsonl:1: utterance 'sp-88' has duration -0\.3 s; durations must be positive"
+    with pytest.raises(IsthmusError, match=message):
+        load_cut(cut)
+
+
+def test_bytes_that_are_no_utf8_reject_their_line_only(audio: Path) -> None:
+    path = audio / "m.jsonl"
+    path.write_bytes(
+        b'{"audio": "a.wav", "text": "caf\xe9"}\n{"audio": "b.wav", "text": "caf\xc3\xa9"}\n'
+    )
+    report = check_corpus(read_corpus(path))
+    assert report.reasons == {"bad_text": 1}
+    assert report.characters == "acfé"
+    json.dumps(report.to_dict()).encode()
+    "\n".join(report.lines()).encode()
+
+
+def test_duplicates_in_a_cut_set_are_counted(audio: Path) -> None:
+    cuts = list(read_corpus(isthmus_lines(audio)))
+    report = check_corpus(CutSet.from_cuts([*cuts, cuts[0]]))
+    assert report.reasons == {"duplicate_id": 1}
+
+
+def test_number_as_text_in_a_lhotse_cut_is_caught(audio: Path) -> None:
+    path = lhotse_cuts(audio)
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    rows[0]["supervisions"][0]["text"] = 3
+    report = check_corpus(read_corpus(write_jsonl(audio / "cuts.jsonl", rows)))
+    assert report.reasons == {"bad_text": 1}
+
+
+def test_report_counts_and_can_be_read(audio: Path) -> None:
+    report = check_corpus(read_corpus(nemo(audio)))
+    assert report == CorpusReport(
+        n_in=2,
+        n_ok=2,
+        n_rejected=0,
+        reasons={},
+        seconds=2.5,
+        words=4,
+        speakers=0,
+        languages={"en": 2},
+        shortest=1.0,
+        longest=1.5,
+        characters=" degimnorv",
+    )
+    assert json.loads(json.dumps(report.to_dict()))["languages"] == {"en": 2}
+    assert report.lines()[0] == "2 of 2 utterances usable, 0 rejected"
+
+
+def test_usable_skips_up_to_the_fraction(audio: Path) -> None:
+    rows = [{**GOOD, "id": f"u{n}"} for n in range(4)]
+    rows[2]["audio"] = "none.wav"
+    cuts = read_corpus(write_jsonl(audio / "m.jsonl", rows))
+    good, report = usable(cuts, max_bad_fraction=0.25)
+    assert [cut.id for cut in good] == ["u0", "u1", "u3"]
+    assert report.n_in == report.n_ok + report.n_rejected == 4
+    with pytest.raises(IsthmusError, match=r"1 of 4 .*\n.*missing: .*m\.jsonl:3: utterance 'u2'"):
+        usable(cuts, max_bad_fraction=0.2)
+    with pytest.raises(IsthmusError, match="1 of 1"):
+        usable(CutSet.from_cuts([cuts["u2"]]), max_bad_fraction=1.0)
+
+
+def test_checks_can_be_left_out(audio: Path) -> None:
+    row = {"audio": "none.wav", "duration": 2.0}
+    cuts = read_corpus(write_jsonl(audio / "m.jsonl", [row]))
+    assert check_corpus(cuts, decode_audio=False, require_text=False).n_ok == 1
+    assert check_corpus(cuts, decode_audio=False).reasons == {"no_text": 1}
+    assert check_corpus(cuts, require_text=False).reasons == {"missing": 1}
+
+
+def test_channels_of_a_lhotse_recording_stay_apart(tmp_path: Path) -> None:
+    path = write_audio(tmp_path / "call.wav", 0.5, channels=2)
+    samples = soundfile.read(path, dtype="float32")[0]
+    (mean,) = read_corpus(write_jsonl(tmp_path / "m.jsonl", [{"audio": "call.wav", "text": "x"}]))
+    np.testing.assert_allclose(load_cut(mean), samples.mean(axis=1), atol=1e-6)
+    item = mean.to_dict()
+    item["recording"]["sources"][0]["channels"] = [0, 1]
+    item["recording"].pop("channel_ids", None)
+    (right,) = read_corpus(write_jsonl(tmp_path / "cuts.jsonl", [{**item, "channel": 1}]))
+    np.testing.assert_array_equal(load_cut(right), samples[:, 1])
+
+
+def test_what_only_lhotse_could_load_is_refused(audio: Path) -> None:
+    (cut, _) = read_corpus(isthmus_lines(audio))
+    assert isinstance(cut, MonoCut)
+    for changed in (cut.perturb_speed(1.1), cut.pad(duration=3.0)):
+        with pytest.raises(AudioError) as caught:
+            load_cut(changed)
+        assert caught.value.code == "unsupported"
+
+
+def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ISTHMUS_SPEECH", "/data/speech")
+    assert expand_path("${ISTHMUS_SPEECH}/en/train.jsonl") == Path("/data/speech/en/train.jsonl")
+    assert expand_path("$ISTHMUS_SPEECH/en") == Path("/data/speech/en")
+    monkeypatch.delenv("ISTHMUS_SPEECH")
+    assert expand_path("${ISTHMUS_SPEECH}/en") == Path("../shared/speech/en")
+    with pytest.raises(IsthmusError, match=r"ISTHMUS_SPECH is not set\. Did you mean 'ISTHMUS_SP"):
+        expand_path("${ISTHMUS_SPECH}/en")
+
+
+def test_suggestion_is_made_only_for_near_names() -> None:
+    assert suggest("lineer", ["linear", "conv"]) == " Did you mean 'linear'?"
+    assert suggest("zzz", ["linear", "conv"]) == ""
+
+
+def test_real_speech_is_usable() -> None:
+    manifests = sorted(SPEECH.glob("*/*.jsonl"))
+    if not manifests:
+        pytest.skip(f"no speech data at {SPEECH}; set ISTHMUS_SPEECH")
+    cuts = read_corpora(manifests)
+    report = check_corpus(cuts.subset(first=200))
+    assert report.n_rejected == 0, report.lines()
+    assert check_corpus(cuts, decode_audio=False).n_rejected == 0
