@@ -45,8 +45,9 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         for file in sorted(partial.rglob("*")):
             if file.is_file():
                 with file.open("rb+") as stream:
-                    sums[str(file.relative_to(partial))] = hashlib.file_digest(stream, "sha256").hexdigest()
+                    digest = hashlib.file_digest(stream, "sha256")
                     os.fsync(stream.fileno())
+                sums[str(file.relative_to(partial))] = digest.hexdigest()
         write_atomic(partial / MANIFEST, json.dumps({"sha256": sums}, indent=2) + "\n")
         if path.exists():
             replaced = path.with_name(f".{path.name}.replaced")

@@ -85,7 +85,7 @@ class TrainSettings(Settings):
     """Batches of an optimiser step."""
     eval_every: int = Field(1000, ge=1)
     """Steps between validations."""
-    patience: int = Field(3, ge=0)
+    patience: int = Field(3, ge=1)
     """Validations without a lower loss before training stops early."""
     save_every: int = Field(1000, ge=1)
     """Steps between checkpoints."""
@@ -205,11 +205,13 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
 def load_recipe(
-    path: str | Path, overrides: Sequence[str] = (), kind: type[AnyRecipe] = Recipe  # type: ignore[assignment]
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    kind: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
 ) -> AnyRecipe:
     """Read a recipe file and apply `a.b=c` overrides.
 

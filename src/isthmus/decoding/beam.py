@@ -2,8 +2,8 @@
 
 The rules are those of transformers' `generate(num_beams=K, early_stopping=False)`: 2K candidates a
 step, a hypothesis ends when an end token is among the K best of them, scores are divided by
-length ** length_penalty (the end token counts), and an utterance is done when no open hypothesis can
-beat its K finished ones. Unlike there, every utterance has its own limit of tokens, and leaves the
+length ** length_penalty (the end token counts), and an utterance is done when no open hypothesis
+can beat its K finished ones. Unlike there, every utterance has its own limit of tokens, and leaves the
 batch when it is done.
 
 Shapes: N utterances still open, K beams, L prompt positions, E width, V tokens.
@@ -24,7 +24,7 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """A transcript in tokens, without its end token; `score` is its length-normalised log-probability."""
+    """Tokens without the end token; `score` is their log-probability, normalised by length."""
 
     tokens: list[int]
     score: float
@@ -90,7 +90,9 @@ def _advance(
     out_of_room = length >= search.limit
     opened: list[tuple[list[int], float]] = []
     parents: list[int] = []
-    for rank, (total, position) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+    for rank, (total, position) in enumerate(
+        zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ):
         parent, token = divmod(position, vocabulary)
         prefix = search.open[parent][0]
         ended = token in end_tokens
@@ -131,7 +133,9 @@ class _Steps:
         self.embeddings = torch.stack(
             [nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts]
         ).to(dtype)  # (N, L, E), padded at the front
-        self.mask = (torch.arange(longest, device=lengths.device) >= longest - lengths[:, None]).long()
+        self.mask = (
+            torch.arange(longest, device=lengths.device) >= longest - lengths[:, None]
+        ).long()
         self.cache: Any = None
         self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
 
@@ -151,7 +155,11 @@ class _Steps:
             new = next(iter(inputs.values())).shape[1]
             inputs["position_ids"] = positions[:, -new:].clamp_min(0)
         output = self.network(
-            **inputs, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, logits_to_keep=1
+            **inputs,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
         )
         self.cache = output.past_key_values
         logits: Tensor = output.logits[:, -1]

@@ -17,7 +17,7 @@ from isthmus.speech.audio import SAMPLE_RATE, load_audio
 from isthmus.training.batches import collate
 from isthmus.training.runs import load_run
 
-from .beam import Hypothesis, beam_search
+from isthmus.decoding.beam import Hypothesis, beam_search
 
 DEFAULT = "default"
 Audio = str | Path | bytes | np.ndarray
@@ -84,8 +84,8 @@ class Transcriber:
         room = limit if longest is None else longest - prompt
         if room < 1:
             raise IsthmusError(
-                f"An utterance of {seconds:.1f} s fills the language model's {longest} positions. Cut "
-                "it into shorter ones."
+                f"An utterance of {seconds:.1f} s fills the language model's {longest} positions. "
+                "Cut it into shorter ones."
             )
         return min(limit, room)
 
@@ -103,7 +103,9 @@ class Transcriber:
             )
 
 
-def load(run: str | Path = DEFAULT, *, beam_size: int | None = None, batch_size: int | None = None) -> Transcriber:
+def load(
+    run: str | Path = DEFAULT, *, beam_size: int | None = None, batch_size: int | None = None
+) -> Transcriber:
     """The transcriber of a run folder, or of the shipped tiny system (`default`)."""
     model, recipe = load_run(run_folder(run))
     changes = {"beam_size": beam_size, "batch_size": batch_size}
@@ -117,7 +119,9 @@ def run_folder(run: str | Path) -> Path:
     if str(run) == DEFAULT:
         return ASSETS / DEFAULT
     if not Path(run).is_dir():
-        raise IsthmusError(f"No run folder {str(run)!r}. Name one that `isthmus train` made, or {DEFAULT!r}.")
+        raise IsthmusError(
+            f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`."
+        )
     return Path(run)
 
 

@@ -37,7 +37,7 @@ Group = tuple[int, ...]  # utterances that are heard as one, usually a single on
 def join_utterances(
     durations: Sequence[float], join: JoinSettings | None, *, seed: int, epoch: int
 ) -> list[Group]:
-    """Each utterance once; with `join`, random ones one behind the other (Yu et al., 2309.13963)."""
+    """Each utterance once; with `join`, random ones one behind the other (arXiv 2309.13963)."""
     if join is None:
         return [(index,) for index in range(len(durations))]
     rng = np.random.default_rng([seed, epoch, 1])
@@ -78,7 +78,9 @@ def plan_epoch(
         for index in sorted(order[start : start + pool], key=lambda i: (durations[i], i)):
             full = batch_size is not None and len(current) >= batch_size
             # durations rise within a pool, so this utterance would be the longest of the batch
-            heavy = max_duration is not None and durations[index] * (len(current) + 1) > max_duration
+            heavy = (
+                max_duration is not None and durations[index] * (len(current) + 1) > max_duration
+            )
             if current and (full or heavy):
                 batches.append(current)
                 current = []

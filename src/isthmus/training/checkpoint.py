@@ -41,7 +41,9 @@ def save_checkpoint(
     """Write trained tensors, progress and, for resuming, the optimiser's tensors to `folder`."""
 
     def fill(partial: Path) -> None:
-        save_file({name: value.detach().contiguous() for name, value in state.items()}, partial / WEIGHTS)
+        save_file(
+            {name: value.detach().contiguous() for name, value in state.items()}, partial / WEIGHTS
+        )
         (partial / STATE).write_text(json.dumps(asdict(progress), indent=2) + "\n")
         if optimiser is not None:
             save_file(dict(optimiser), partial / OPTIMISER)
@@ -68,7 +70,9 @@ def load_weights(folder: Path, state: Mapping[str, Tensor]) -> Progress:
     stored = load_file(folder / WEIGHTS)
     if stored.keys() != state.keys():
         different = sorted(stored.keys() ^ state.keys())
-        raise IsthmusError(f"{folder} belongs to another model: they differ in {', '.join(different[:5])}.")
+        raise IsthmusError(
+            f"{folder} belongs to another model: they differ in {', '.join(different[:5])}."
+        )
     for name, value in state.items():
         if stored[name].shape != value.shape:
             raise IsthmusError(

@@ -41,7 +41,9 @@ class CTCTask:
         return self.train.plan(self.settings, epoch)
 
     def loss(self, groups: Sequence[Group], epoch: int) -> Loss:
-        return self._loss(self.train.batch(groups, epoch), np.random.default_rng([epoch, *groups[0]]))
+        return self._loss(
+            self.train.batch(groups, epoch), np.random.default_rng([epoch, *groups[0]])
+        )
 
     def dev_losses(self) -> Sequence[Callable[[], Loss]]:
         if self.dev is None:

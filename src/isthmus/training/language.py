@@ -58,7 +58,10 @@ class LanguageTask:
         lengths = [len(tokens) for tokens, _ in self.examples(self.recipe.seed, epoch)]
         batches: list[list[int]] = [[]]
         for index in np.argsort(lengths, kind="stable").tolist():
-            if batches[-1] and lengths[index] * (len(batches[-1]) + 1) > self.recipe.tokens_per_batch:
+            if (
+                batches[-1]
+                and lengths[index] * (len(batches[-1]) + 1) > self.recipe.tokens_per_batch
+            ):
                 batches.append([])
             batches[-1].append(index)
         order = np.random.default_rng([self.recipe.seed, epoch, 1]).permutation(len(batches))
@@ -91,7 +94,13 @@ class LanguageTask:
                 tokenizer.eos_token_id,
             ]
             return tokens, tokens
-        return repetition(self.module, draw_prompt(rng), sentence(rng, self.recipe.domains), rng, self.recipe.noise)
+        return repetition(
+            self.module,
+            draw_prompt(rng),
+            sentence(rng, self.recipe.domains),
+            rng,
+            self.recipe.noise,
+        )
 
     def _loss(self, examples: Sequence[Example], noise: float) -> Loss:
         length = max(len(tokens) for tokens, _ in examples)
@@ -104,7 +113,9 @@ class LanguageTask:
         if noise:  # NEFTune (arXiv 2310.05914): what the projector says will not be letters exactly
             scale = noise / (length * embeddings.shape[2]) ** 0.5
             embeddings = embeddings + torch.empty_like(embeddings).uniform_(-scale, scale)
-        mask = (torch.arange(length) < torch.tensor([len(ids) for ids, _ in examples])[:, None]).long()
+        mask = (
+            torch.arange(length) < torch.tensor([len(ids) for ids, _ in examples])[:, None]
+        ).long()
         keep = torch.arange(length - 1)
         logits = self.module.logits(embeddings, mask, keep)  # (B, L - 1, V)
         targets = labels[:, 1:]

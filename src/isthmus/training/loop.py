@@ -4,7 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ BEST = "best"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 NON_FINITE_IN_A_ROW = 3
+
+OnStep = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -74,115 +76,134 @@ def fit(
     folder: Path,
     *,
     resume: bool = False,
-    on_step: Callable[[dict[str, Any]], None] = lambda metrics: None,
+    on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train until `steps`, or until the validation loss no longer falls; returns where it ended.
 
-    `folder` receives `checkpoints/step-N` (to resume), `best` (weights of the lowest validation
-    loss, or the last ones) and `metrics.jsonl`. `on_step` sees each line of metrics.
+    `folder` receives `checkpoints/step-N` (to resume), `best` (what was trained, at the lowest
+    validation loss, or at the end without validation) and `metrics.jsonl`, a line a step. `on_step`
+    sees each line.
     """
-    weights = task.trainable()
-    if not weights:
+    trainable = task.trainable()
+    if not trainable:
         raise IsthmusError("Nothing to train: every part is frozen. Set `tune` of a part.")
     optimiser = torch.optim.AdamW(
-        weights.values(), betas=settings.betas, weight_decay=settings.weight_decay
+        trainable.values(), betas=settings.betas, weight_decay=settings.weight_decay
     )
+    _dev_loss(task, first=2)  # a broken validation fails now, not in an hour
     progress = _start(task, optimiser, folder, resume)
     task.module.train()
-    for dev_loss in list(task.dev_losses())[:2]:  # a broken validation fails now, not in an hour
-        with torch.no_grad():
-            dev_loss()
+    plan = task.plan(progress.epoch)
     non_finite = 0
     with (folder / METRICS).open("a", encoding="utf-8") as log:
-        plan = task.plan(progress.epoch)
-        while progress.step < settings.steps and progress.stale <= settings.patience:
+        while progress.step < settings.steps and progress.stale < settings.patience:
             if progress.position >= len(plan):
                 progress.epoch, progress.position = progress.epoch + 1, 0
                 plan = task.plan(progress.epoch)
-            started = time.perf_counter()
-            rate = learning_rate(settings, progress.step)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
             batches = plan[progress.position : progress.position + settings.accumulate]
-
-            # --- one optimiser step: sum over the batches, divide by all their units
-            optimiser.zero_grad(set_to_none=True)
-            losses = [_backward(task, batch, progress.epoch, settings.precision) for batch in batches]
-            units = sum(loss.units for loss in losses)
-            for parameter in weights.values():
-                if parameter.grad is not None:
-                    parameter.grad /= max(1, units)
-            norm = nn.utils.clip_grad_norm_(weights.values(), settings.clip_norm or math.inf)
-            mean = float(sum(loss.total.detach() for loss in losses)) / max(1, units)
-            finite = math.isfinite(mean) and math.isfinite(float(norm))
-            if finite:
-                optimiser.step()
-            non_finite = 0 if finite else non_finite + 1
-
-            # --- count, log, validate, save
+            metrics = _step(task, settings, optimiser, batches, progress)
             progress.step += 1
             progress.position += len(batches)
-            seconds = sum(loss.seconds for loss in losses)
-            progress.audio_seconds += seconds
-            metrics: dict[str, Any] = {
-                "step": progress.step,
-                "epoch": progress.epoch,
-                "loss": mean,
-                "accuracy": sum(loss.correct for loss in losses) / max(1, units),
-                "learning_rate": rate,
-                "gradient_norm": float(norm),
-                "units": units,
-                "audio_seconds": seconds,
-                "step_seconds": time.perf_counter() - started,
-            }
-            if not finite:
-                metrics["skipped"] = [task.describe(batch) for batch in batches]
-            if progress.step % settings.eval_every == 0 or progress.step == settings.steps:
+            last = progress.step == settings.steps
+            if last or progress.step % settings.eval_every == 0:
                 metrics |= _validate(task, progress, folder)
-            _write_line(log, metrics)
-            if not finite and non_finite >= NON_FINITE_IN_A_ROW:
+            log.write(json.dumps(metrics) + "\n")
+            log.flush()
+            non_finite = non_finite + 1 if "skipped" in metrics else 0
+            if non_finite == NON_FINITE_IN_A_ROW:
                 raise IsthmusError(
                     f"Loss or gradient was not finite {non_finite} times in a row, last at step "
-                    f"{progress.step} with {metrics['skipped']}. No such step was applied. Lower "
-                    "train.learning_rate, or look at these utterances."
+                    f"{progress.step} with {metrics['skipped']}. None of these steps was applied. "
+                    "Lower train.learning_rate, or look at these utterances."
                 )
-            if progress.step % settings.save_every == 0 or progress.step == settings.steps:
+            if (
+                last
+                or progress.step % settings.save_every == 0
+                or progress.stale == settings.patience
+            ):
                 _save(task, progress, optimiser, folder, settings.keep)
             on_step(metrics)
-    if not task.dev_losses():
+    if progress.best_loss is None:
         checkpoint.save_checkpoint(folder / BEST, task.state(), progress)
-    if progress.step % settings.save_every and progress.step != settings.steps:
-        _save(task, progress, optimiser, folder, settings.keep)
     return progress
 
 
-def _backward(task: Task, batch: Any, epoch: int, precision: str) -> Loss:
-    device = next(task.module.parameters()).device.type
-    with torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
-        loss = task.loss(batch, epoch)
-    loss.total.backward()
-    return loss
+def _step(
+    task: Task,
+    settings: TrainSettings,
+    optimiser: torch.optim.Optimizer,
+    batches: Sequence[Any],
+    progress: Progress,
+) -> dict[str, Any]:
+    """One optimiser step on the sum of the batches' losses over all their units; its metrics.
+
+    A step whose loss or gradient is not finite changes nothing, and is listed as skipped.
+    """
+    started = time.perf_counter()
+    rate = learning_rate(settings, progress.step)
+    parameters = list(task.trainable().values())
+    device = parameters[0].device.type
+    optimiser.zero_grad(set_to_none=True)
+    losses = []
+    for batch in batches:
+        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+            loss = task.loss(batch, progress.epoch)
+        loss.total.backward()
+        losses.append(replace(loss, total=loss.total.detach()))
+    units = max(1, sum(loss.units for loss in losses))
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= units
+    norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf))
+    mean = float(sum(loss.total for loss in losses)) / units
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    if finite:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+    seconds = sum(loss.seconds for loss in losses)
+    progress.audio_seconds += seconds
+    metrics = {
+        "step": progress.step + 1,
+        "epoch": progress.epoch,
+        "loss": mean,
+        "accuracy": sum(loss.correct for loss in losses) / units,
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "units": units,
+        "audio_seconds": seconds,
+        "step_seconds": time.perf_counter() - started,
+    }
+    return metrics if finite else metrics | {"skipped": [task.describe(b) for b in batches]}
 
 
-def _validate(task: Task, progress: Progress, folder: Path) -> dict[str, float]:
-    """Mean validation loss and accuracy; keeps the best weights."""
-    dev = task.dev_losses()
-    if not dev:
-        return {}
+def _dev_loss(task: Task, first: int | None = None) -> Loss | None:
+    """Loss of the validation batches together, or of the `first` of them; leaves no trace."""
     random_state = torch.get_rng_state()
     task.module.eval()
     with torch.no_grad():
-        losses = [dev_loss() for dev_loss in dev]
+        losses = [dev_loss() for dev_loss in task.dev_losses()[:first]]
     task.module.train()
     torch.set_rng_state(random_state)
+    if not losses:
+        return None
+    total = torch.stack([loss.total for loss in losses]).sum()
     units = max(1, sum(loss.units for loss in losses))
-    mean = float(sum(loss.total for loss in losses)) / units
+    return Loss(total, units, sum(loss.correct for loss in losses))
+
+
+def _validate(task: Task, progress: Progress, folder: Path) -> dict[str, float]:
+    """Mean validation loss and accuracy; keeps what gave the lowest."""
+    loss = _dev_loss(task)
+    if loss is None:
+        return {}
+    mean = float(loss.total) / loss.units
     if progress.best_loss is None or mean < progress.best_loss:
         progress.best_loss, progress.best_step, progress.stale = mean, progress.step, 0
         checkpoint.save_checkpoint(folder / BEST, task.state(), progress)
     else:
         progress.stale += 1
-    return {"dev_loss": mean, "dev_accuracy": sum(loss.correct for loss in losses) / units}
+    return {"dev_loss": mean, "dev_accuracy": loss.correct / loss.units}
 
 
 def _save(
@@ -195,9 +216,7 @@ def _save(
     checkpoint.retire(folder / CHECKPOINTS, keep)
 
 
-def _start(
-    task: Task, optimiser: torch.optim.Optimizer, folder: Path, resume: bool
-) -> Progress:
+def _start(task: Task, optimiser: torch.optim.Optimizer, folder: Path, resume: bool) -> Progress:
     """Progress to go on from: of the newest sound checkpoint when resuming, else none."""
     if not resume:
         return Progress()
@@ -224,8 +243,3 @@ def _cut_log(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue  # the line that a crash cut short
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _write_line(log: Any, metrics: dict[str, Any]) -> None:
-    log.write(json.dumps(metrics) + "\n")
-    log.flush()

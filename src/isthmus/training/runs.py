@@ -2,11 +2,11 @@
 
 import json
 import platform
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 from lhotse.cut import Cut
@@ -33,18 +33,16 @@ from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.language import LanguageTask
-from isthmus.training.loop import BEST, fit
+from isthmus.training.loop import BEST, OnStep, fit
 from isthmus.training.projector import SpeechTask
 
 RECIPE = "recipe.yaml"
 PARTS = "parts.json"
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
 
-OnStep = Callable[[dict[str, Any]], None]
-
 
 def open_run(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool = False) -> bool:
-    """Make the run folder, or take up an existing one; returns whether there is work to go on from.
+    """Make the run folder, or take up an existing one; returns whether a run is to go on.
 
     Raises IsthmusError when the folder holds another run, or a run that was not to be resumed.
     """
@@ -59,11 +57,18 @@ def open_run(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool 
             )
         return True
     if stored.exists() and not overwrite:
-        raise IsthmusError(f"{folder} holds a run already. Add --resume to go on, or name another folder.")
+        raise IsthmusError(
+            f"{folder} holds a run already. Add --resume to go on, --overwrite to replace "
+            "it, or name another folder with --output-dir."
+        )
     if folder.exists() and any(folder.iterdir()) and not stored.exists():
-        raise IsthmusError(f"{folder} exists, is not empty and is no run folder. Name another folder.")
+        raise IsthmusError(
+            f"{folder} exists, is not empty and is no run folder. Name another folder."
+        )
     if resume:
         raise IsthmusError(f"{folder} holds no run to resume.")
+    if stored.exists():
+        shutil.rmtree(folder)
     write_atomic(stored, text)
     environment = {name: version(name) for name in VERSIONS} | {
         "python": platform.python_version(),
@@ -89,7 +94,9 @@ def load_data(
     return cuts
 
 
-def speech_data(recipe: Experiment, max_seconds: float | None = None) -> tuple[SpeechData, SpeechData | None]:
+def speech_data(
+    recipe: Experiment, max_seconds: float | None = None
+) -> tuple[SpeechData, SpeechData | None]:
     """Training and validation data of a recipe."""
     data = recipe.data
     if not data.train:
@@ -105,10 +112,15 @@ def speech_data(recipe: Experiment, max_seconds: float | None = None) -> tuple[S
 
 
 def train(
-    recipe: Recipe, folder: Path, *, resume: bool = False, on_step: OnStep = lambda metrics: None
+    recipe: Recipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train what a recipe does not freeze; `folder` is then a run to decode with."""
-    resumed = open_run(recipe, folder, resume=resume)
+    resumed = open_run(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
     model = recipe.build()
     _record_sources(recipe, folder, resumed)
@@ -124,9 +136,13 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     it was trained with.
     """
     if not (folder / RECIPE).is_file():
-        raise IsthmusError(f"{folder} is no run folder: it has no {RECIPE}. Name a folder that `isthmus train` made.")
+        raise IsthmusError(
+            f"{folder} is no run folder: it has no {RECIPE}. Name one that `isthmus train` made."
+        )
     if not (folder / BEST).is_dir():
-        raise IsthmusError(f"{folder} has no trained weights yet. Go on with `isthmus train --resume`.")
+        raise IsthmusError(
+            f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
+        )
     recipe = load_recipe(folder / RECIPE)
     _compare_sources(recipe, folder)
     model = recipe.build()
@@ -148,16 +164,22 @@ def _compare_sources(recipe: Recipe, folder: Path) -> None:
     for name, part in recipe.sources().items():
         if recorded.get(name, {}).get("sha256") != part.sha256:
             raise IsthmusError(
-                f"{folder} was trained with other weights of the {name} {part.name}: their SHA-256 in "
-                f"{PARTS} differ from those loaded now. Pin `{name}.revision`, or restore the folder."
+                f"{folder} was trained with other weights of the {name} {part.name}: their "
+                f"SHA-256 in {PARTS} differ from those loaded now. Pin `{name}.revision`, or "
+                "restore the folder."
             )
 
 
 def pretrain_ctc(
-    recipe: CTCRecipe, folder: Path, *, resume: bool = False, on_step: OnStep = lambda metrics: None
+    recipe: CTCRecipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a Conformer with CTC; `folder`/model is the encoder to name in a recipe."""
-    resumed = open_run(recipe, folder, resume=resume)
+    resumed = open_run(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
     train, dev = speech_data(recipe)
     if recipe.start_from:
@@ -173,10 +195,15 @@ def pretrain_ctc(
 
 
 def pretrain_lm(
-    recipe: LanguageRecipe, folder: Path, *, resume: bool = False, on_step: OnStep = lambda metrics: None
+    recipe: LanguageRecipe,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a small language model; `folder`/model is the LLM to name in a recipe."""
-    resumed = open_run(recipe, folder, resume=resume)
+    resumed = open_run(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
     if recipe.start_from:
         llm = LLMSettings(path=recipe.start_from).build()

@@ -1,0 +1,397 @@
+"""The command line: parsing and dispatch; a verb imports what it needs when it is called."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from isthmus import __version__
+from isthmus.errors import IsthmusError, suggest
+
+app = typer.Typer(
+    name="isthmus",
+    help="Speech recognition with language models: encoder, projector, LLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="File, or name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Settings to change, as train.steps=500."),
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="Run folder; runs/<name> unless given.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Beam = Annotated[
+    int | None,
+    typer.Option("--beam-size", "--beam_size", min=1, help="Hypotheses kept; 1 is greedy."),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", "--batch_size", min=1, help="Utterances decoded together."),
+]
+Normaliser = Annotated[
+    str, typer.Option(help="whisper, basic, basic-marks, lower, none or module:callable.")
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Run folder, or `default`, the shipped tiny system.")
+]
+
+
+@app.callback(invoke_without_command=True)
+def main_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    audio: Annotated[
+        list[Path] | None, typer.Argument(help="Recordings of yours to transcribe with the result.")
+    ] = None,
+    output_dir: Annotated[
+        Path | None, typer.Option("--output-dir", "-o", help="A new folder; runs/quickstart.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Watch a projector learn to join two frozen models, then read held-out voices with it."""
+    from isthmus.quickstart import free_folder, run
+
+    result = run(output_dir or free_folder(), audio or [])
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: RunFolder = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train what a recipe does not freeze: the projector, usually."""
+    from isthmus.recipe import Recipe
+    from isthmus.training.runs import train as job
+
+    _train(job, Recipe, recipe, overrides, output_dir, (resume, overwrite, as_json))
+
+
+@app.command("pretrain-ctc")
+def pretrain_ctc(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: RunFolder = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a Conformer encoder with CTC."""
+    from isthmus.recipe import CTCRecipe
+    from isthmus.training.runs import pretrain_ctc as job
+
+    _train(job, CTCRecipe, recipe, overrides, output_dir, (resume, overwrite, as_json))
+
+
+@app.command("pretrain-lm")
+def pretrain_lm(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    output_dir: RunFolder = None,
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Train a small language model on text made on the spot."""
+    from isthmus.recipe import LanguageRecipe
+    from isthmus.training.runs import pretrain_lm as job
+
+    _train(job, LanguageRecipe, recipe, overrides, output_dir, (resume, overwrite, as_json))
+
+
+@app.command()
+def transcribe(
+    audio: Annotated[
+        list[str], typer.Argument(help="Recordings, in any format soundfile or PyAV reads.")
+    ],
+    model: Model = "default",
+    beam_size: Beam = None,
+    batch_size: BatchSize = None,
+    as_json: Json = False,
+) -> None:
+    """Write what is said in recordings."""
+    from isthmus.decoding.files import transcribe_files
+
+    results, faults = transcribe_files(audio, model, beam_size=beam_size, batch_size=batch_size)
+    if as_json:
+        _print_json(
+            {
+                "files": [
+                    results.get(name) or {"file": name, "error": faults[name]} for name in audio
+                ]
+            }
+        )
+    else:
+        for name in audio:
+            if name in results:
+                typer.echo(
+                    f"{name}: {results[name]['text']}" if len(audio) > 1 else results[name]["text"]
+                )
+    for fault in faults.values():
+        typer.echo(f"error: {fault}", err=True)
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or `default`.")],
+    data: Annotated[
+        list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
+    ],
+    beam_size: Beam = None,
+    batch_size: BatchSize = None,
+    normaliser: Normaliser = "basic",
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "-o", help="Also write transcripts and errors here."),
+    ] = None,
+    ctc: Annotated[bool, typer.Option("--ctc", help="Also score the encoder's own CTC.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Transcribe corpora with a run and score the result."""
+    from isthmus.analysis.evaluate import ctc_scores
+    from isthmus.analysis.evaluate import evaluate as job
+    from isthmus.decoding.transcriber import load
+    from isthmus.display import counting
+
+    transcriber = load(run, beam_size=beam_size, batch_size=batch_size)
+    with counting("utterances") as on_batch:
+        result = job(transcriber, data, normaliser=normaliser, on_batch=on_batch)
+    report = result.to_dict()
+    if ctc:
+        report["ctc"] = ctc_scores(transcriber, data, normaliser=normaliser).to_dict()
+    if output_dir is not None:
+        result.write(output_dir)
+    if as_json:
+        _print_json(report)
+        return
+    from isthmus.display import print_scores
+
+    print_scores(report)
+
+
+@app.command()
+def score(
+    reference: Annotated[Path, typer.Argument(metavar="REF")],
+    hypothesis: Annotated[Path, typer.Argument(metavar="HYP")],
+    normaliser: Normaliser = "basic",
+    missing: Annotated[
+        str, typer.Option(help="A reference without hypothesis: error, or empty.")
+    ] = "error",
+    listing: Annotated[
+        bool, typer.Option("--listing/--no-listing", help="List the errors.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Score hypotheses against references: JSON lines, Kaldi text, tables, or plain lines."""
+    from isthmus.scoring import read_texts
+    from isthmus.scoring import score as job
+
+    if missing not in ("error", "empty"):
+        raise IsthmusError(f"--missing is error or empty, not {missing!r}.")
+    result = job(
+        read_texts(reference, role="reference"),
+        read_texts(hypothesis, role="hypothesis"),
+        normaliser=normaliser,
+        missing="empty" if missing == "empty" else "error",
+    )
+    if as_json:
+        _print_json(result.to_dict())
+    else:
+        for line in result.listing(limit=None if listing else 0):
+            typer.echo(line)
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA")],
+    max_seconds: Annotated[float | None, typer.Option(help="Longer utterances are bad.")] = None,
+    audio: Annotated[
+        bool, typer.Option("--audio/--no-audio", help="Decode every recording.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Validate a corpus: audio, transcripts, ids. Exit code 1 if anything is bad."""
+    from isthmus.speech.corpora import check_corpus, read_corpus
+
+    report = check_corpus(read_corpus(data), decode_audio=audio, max_seconds=max_seconds)
+    if as_json:
+        _print_json(report.to_dict())
+    else:
+        typer.echo("\n".join(report.lines()))
+    if report.n_rejected:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="librispeech, mls, folder, kaldi, nemo or slam-llm.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    as_json: Json = False,
+) -> None:
+    """Write manifests of a corpus on disk, one JSON-lines file a split."""
+    from isthmus.speech.prepare import prepare as job
+
+    splits = {name: str(path) for name, path in job(kind, source, out).items()}
+    if as_json:
+        _print_json(splits)
+    else:
+        typer.echo("\n".join(f"{name}: {path}" for name, path in splits.items()))
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    utterances: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Voices never used otherwise.")
+    ] = False,
+    domains: Annotated[
+        str, typer.Option(help="Kinds of text and weights, as digit=1,order=4; all if empty.")
+    ] = "",
+    text: Annotated[Path | None, typer.Option(help="Speak the lines of this file instead.")] = None,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Synthesise English speech with transcripts and word timings (espeak-ng)."""
+    from isthmus.speech.synthesis import draw_texts, synthesise_corpus
+
+    if text is not None:
+        texts = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+    else:
+        texts = draw_texts(utterances, seed, _weights(domains))
+    manifest = synthesise_corpus(out, texts, seed, held_out=held_out, workers=workers)
+    if as_json:
+        _print_json({"manifest": str(manifest), "utterances": len(texts)})
+    else:
+        typer.echo(f"{len(texts)} utterances: {manifest}")
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """List the shipped recipes."""
+    from isthmus.recipe import shipped_recipes
+
+    shipped = {name: _headline(path) for name, path in shipped_recipes().items()}
+    if as_json:
+        _print_json(shipped)
+    else:
+        width = max(map(len, shipped), default=0)
+        typer.echo("\n".join(f"{name:{width}}  {line}" for name, line in shipped.items()))
+
+
+@app.command()
+def cp(
+    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    file: Annotated[Path, typer.Argument(help="Where to write it.")],
+) -> None:
+    """Copy a shipped recipe, to change it."""
+    from isthmus.files import write_atomic
+    from isthmus.recipe import find_recipe
+
+    if file.exists():
+        raise IsthmusError(f"{file} exists. Name another file.")
+    write_atomic(file, find_recipe(name).read_text(encoding="utf-8"))
+    typer.echo(f"Wrote {file}. Train it with: isthmus train {file}")
+
+
+@app.command()
+def schema(
+    kind: Annotated[str, typer.Argument(help="recipe, ctc or lm.")] = "recipe",
+) -> None:
+    """Print the JSON schema of recipes, so that editors complete them."""
+    from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe
+
+    kinds = {"recipe": Recipe, "ctc": CTCRecipe, "lm": LanguageRecipe}
+    if kind not in kinds:
+        raise IsthmusError(
+            f"No recipe kind {kind!r}.{suggest(kind, kinds)} Known: {', '.join(kinds)}."
+        )
+    _print_json(kinds[kind].model_json_schema())
+
+
+def main() -> None:
+    """Entry point: faults of input are one line on standard error, not a traceback."""
+    try:
+        app()
+    except (IsthmusError, FileExistsError, ModuleNotFoundError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+
+
+def _train(
+    job: Any,
+    kind: Any,
+    name: str,
+    overrides: list[str] | None,
+    output_dir: Path | None,
+    flags: tuple[bool, bool, bool],
+) -> None:
+    from isthmus.display import training_display
+    from isthmus.recipe import load_recipe
+
+    resume, overwrite, as_json = flags
+    recipe = load_recipe(name, overrides or [], kind)
+    folder = output_dir or Path("runs") / recipe.name
+    with training_display(recipe.train.steps) as display:
+        progress = job(recipe, folder, resume=resume, overwrite=overwrite, on_step=display)
+    if as_json:
+        _print_json(
+            {
+                "run": str(folder),
+                "step": progress.step,
+                "best_step": progress.best_step,
+                "best_loss": progress.best_loss,
+            }
+        )
+    else:
+        typer.echo(f"Trained to step {progress.step}: {folder}")
+
+
+def _weights(domains: str) -> dict[str, float] | None:
+    weights = {}
+    for item in filter(None, domains.split(",")):
+        name, _, weight = item.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError as error:
+            raise IsthmusError(f"--domains: {item!r} is not name=weight.") from error
+    return weights or None
+
+
+def _headline(path: Path) -> str:
+    """The first comment line of a recipe."""
+    first = path.read_text(encoding="utf-8").partition("\n")[0]
+    return first.removeprefix("#").strip()
+
+
+def _print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")

@@ -1,0 +1,139 @@
+"""Recipes: strict, overridable, complete, and every shipped one valid."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from isthmus.errors import IsthmusError
+from isthmus.recipe import (
+    CTCRecipe,
+    LanguageRecipe,
+    Recipe,
+    dump_recipe,
+    find_recipe,
+    load_recipe,
+    shipped_recipes,
+)
+
+MINIMAL = """
+name: debug
+encoder: {type: whisper, path: openai/whisper-tiny}
+llm: {path: TinyLlama/TinyLlama-1.1B-Chat-v0.4}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "debug.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def kind_of(path: Path) -> type[Recipe] | type[CTCRecipe] | type[LanguageRecipe]:
+    keys = yaml.safe_load(path.read_text()).keys()
+    if "encoder" in keys:
+        return Recipe
+    return CTCRecipe if "front_end" in keys else LanguageRecipe
+
+
+@pytest.mark.parametrize("name", shipped_recipes())
+def test_every_shipped_recipe_is_valid(name: str) -> None:
+    kind = kind_of(find_recipe(name))
+    recipe = load_recipe(name, kind=kind)
+    assert f"# Run:    isthmus" in find_recipe(name).read_text()
+    assert recipe.name
+
+
+def test_defaults_are_those_of_the_paper(file: Path) -> None:
+    recipe = load_recipe(file)
+    assert recipe.projector.downsample_rate == 5
+    assert recipe.projector.hidden == 2048
+    assert recipe.prompt.template == "paper"
+    assert recipe.prompt.instruction == "Transcribe speech to text."
+    assert recipe.encoder.tune == recipe.llm.tune == "frozen"
+    train = recipe.train
+    assert (train.learning_rate, train.warmup_steps, train.schedule) == (1e-4, 1000, "constant")
+    assert (train.steps, train.weight_decay, train.batch_size) == (100_000, 0.0, 6)
+    assert recipe.decode.beam_size == 4
+
+
+def test_scientific_notation_is_a_number(file: Path) -> None:
+    file.write_text(MINIMAL + "train: {learning_rate: 1e-4}\n")
+    assert load_recipe(file).train.learning_rate == 1e-4
+    assert load_recipe(file, ["train.learning_rate=2e-3"]).train.learning_rate == 2e-3
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stpes=1", "unknown key train.stpes. Did you mean 'steps'?"),
+        ("trian.steps=1", "unknown key trian. Did you mean 'train'?"),
+        ("encoder.pth=x", "Did you mean 'path'?"),
+        ("encoder.type=whispr", "whisper"),
+        ("projector.stack=4", "Known keys: downsample_rate, hidden, type"),
+        ("projector.type=conv", "linear"),
+        ("prompt.template=papr", "paper"),
+        ("train.steps=1.5", "train.steps"),
+        ("train.steps=0", "train.steps"),
+        ("llm.tune=forzen", "frozen"),
+        ("train.batch_size=2 ", None),
+        ("nonsense", "key.subkey=value"),
+        ("name.x=1", "name is a value"),
+    ],
+)
+def test_faults_are_named_with_what_would_be_right(
+    file: Path, override: str, message: str | None
+) -> None:
+    if message is None:
+        assert load_recipe(file, [override]).train.batch_size == 2
+        return
+    with pytest.raises(IsthmusError) as fault:
+        load_recipe(file, [override])
+    assert message in str(fault.value)
+
+
+def test_two_measures_of_a_batch_are_refused(file: Path) -> None:
+    with pytest.raises(IsthmusError, match="not both"):
+        load_recipe(file, ["train.batch_size=4", "train.max_duration=60"])
+    assert load_recipe(file, ["train.max_duration=60"]).train.batch_size is None
+
+
+def test_the_resolved_recipe_is_the_same_recipe(file: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(file, ["train.max_duration=60", "data.train=[a, {path: b, repeat: 2}]"])
+    resolved = tmp_path / "resolved.yaml"
+    resolved.write_text(dump_recipe(recipe))
+    assert load_recipe(resolved) == recipe
+
+
+def test_a_recipe_cannot_be_changed(file: Path) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load_recipe(file).train.steps = 3
+
+
+def test_unknown_recipe_suggests_the_nearest() -> None:
+    with pytest.raises(IsthmusError, match="tiny/projector"):
+        load_recipe("tiny/projecter")
+
+
+def test_not_yaml_and_no_settings(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("a: [1")
+    with pytest.raises(IsthmusError, match="not valid YAML"):
+        load_recipe(path)
+    path.write_text("- 1")
+    with pytest.raises(IsthmusError, match="no settings"):
+        load_recipe(path)
+
+
+def test_missing_parts_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("name: x\n")
+    with pytest.raises(IsthmusError, match=r"(?s)encoder is missing.*llm is missing"):
+        load_recipe(path)
+
+
+def test_schema_describes_every_encoder_type() -> None:
+    schema = str(Recipe.model_json_schema())
+    for name in ("whisper", "hubert", "wavlm", "wav2vec2", "conformer", "fbank", "slam-llm"):
+        assert name in schema
