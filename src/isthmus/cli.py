@@ -327,9 +327,9 @@ def schema(
     kind: Annotated[str, typer.Argument(help="recipe, ctc or lm.")] = "recipe",
 ) -> None:
     """Print the JSON schema of recipes, so that editors complete them."""
-    from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe
+    from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe
 
-    kinds = {"recipe": Recipe, "ctc": CTCRecipe, "lm": LanguageRecipe}
+    kinds: dict[str, type[Experiment]] = {"recipe": Recipe, "ctc": CTCRecipe, "lm": LanguageRecipe}
     if kind not in kinds:
         raise IsthmusError(
             f"No recipe kind {kind!r}.{suggest(kind, kinds)} Known: {', '.join(kinds)}."
@@ -358,7 +358,7 @@ def _train(
     from isthmus.recipe import load_recipe
 
     resume, overwrite, as_json = flags
-    recipe = load_recipe(name, overrides or [], kind)
+    recipe = load_recipe(name, overrides or [], kind=kind)
     folder = output_dir or Path("runs") / recipe.name
     with training_display(recipe.train.steps) as display:
         progress = job(recipe, folder, resume=resume, overwrite=overwrite, on_step=display)

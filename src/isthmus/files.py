@@ -63,7 +63,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
 
 
 def verify_folder(path: Path) -> None:
-    """Raise IsthmusError unless every file that the manifest of `path` lists is there, unchanged."""
+    """Raise IsthmusError unless every file in the manifest of `path` is there, unchanged."""
     try:
         sums: dict[str, str] = json.loads((path / MANIFEST).read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:

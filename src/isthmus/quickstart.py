@@ -3,20 +3,20 @@
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from isthmus.analysis.alignment import Alignment, align
+from isthmus.analysis.alignment import align
 from isthmus.analysis.emergence import Emergence, EmergenceMonitor
 from isthmus.analysis.evaluate import Evaluation, evaluate
-from isthmus.analysis.report import Example, Part, Report, render
+from isthmus.analysis.report import Curves, Part, Report, pick_examples, render
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.display import TrainingDisplay, training_display
-from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
@@ -29,6 +29,13 @@ from isthmus.training.runs import train
 DOMAINS = {"digit": 1.0, "digits": 2.0, "command": 2.0, "keyword": 1.0, "order": 2.0}
 TRAIN_UTTERANCES, HELD_OUT_UTTERANCES = 1200, 60
 SHOWN = 8  # examples on the terminal
+NEXT = {
+    "isthmus transcribe a.wav --model RUN": "read a recording with this run",
+    "isthmus transcribe a.wav": "read it with the shipped system, trained for longer",
+    "isthmus recipes": "see what else can be trained",
+    "isthmus cp tiny/projector my.yaml": "copy a recipe, to change it",
+    "isthmus train my.yaml": "train it",
+}
 
 
 @dataclass
@@ -62,7 +69,7 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     seconds = {}
 
     started = time.perf_counter()
-    console.print(f"[bold]1[/] Synthesising {TRAIN_UTTERANCES} utterances, and {HELD_OUT_UTTERANCES} by other voices")
+    console.print(f"[bold]1[/] Speaking {TRAIN_UTTERANCES} sentences with espeak-ng")
     held_out = _speech(folder / "speech")
     seconds["synthesis"] = time.perf_counter() - started
 
@@ -72,7 +79,7 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     seconds["training"] = time.perf_counter() - started
 
     started = time.perf_counter()
-    console.print(f"[bold]3[/] Reading {HELD_OUT_UTTERANCES} utterances of voices it never heard, beam {recipe.decode.beam_size}")
+    console.print(f"[bold]3[/] Reading {HELD_OUT_UTTERANCES} sentences of voices it never heard")
     transcriber = load(folder / "run")
     evaluation = evaluate(transcriber, [str(held_out)])
     own_texts = transcriber.transcribe_waveforms(list(own.values())) if own else []
@@ -80,9 +87,12 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
 
     yours = {name: text.text for name, text in zip(own, own_texts, strict=True)}
     page = folder / "report.html"
-    report = _report(recipe, transcriber, evaluation, (curve, found), seconds, yours)
-    write_atomic(page, render(report))
-    _print_results(console, evaluation, yours, page, folder / "run")
+    report = _report(recipe, transcriber, evaluation, Curves.read(curve, found), yours)
+    write_atomic(
+        page, render(replace(report, training_seconds=seconds["training"], files=str(folder)))
+    )
+    _print_results(console, evaluation, yours)
+    _print_next(console, folder / "run", page)
     score = evaluation.scores.pooled
     return {
         **score.to_dict(),
@@ -96,7 +106,10 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
 
 def _speech(folder: Path) -> Path:
     """The two synthetic corpora, made once; returns the held-out manifest."""
-    for name, count, seed in (("train", TRAIN_UTTERANCES, 11), ("held-out", HELD_OUT_UTTERANCES, 12)):
+    for name, count, seed in (
+        ("train", TRAIN_UTTERANCES, 11),
+        ("held-out", HELD_OUT_UTTERANCES, 12),
+    ):
         if not (folder / name / "manifest.jsonl").exists():
             texts = draw_texts(count, seed, DOMAINS)
             synthesise_corpus(folder / name, texts, seed, held_out=name == "held-out")
@@ -117,3 +130,91 @@ def _train(
         watch = Watch(display, console, [], monitor)
         train(recipe, folder, on_step=watch)
     return watch.curve, monitor.found
+
+
+def _report(
+    recipe: Recipe,
+    transcriber: Transcriber,
+    evaluation: Evaluation,
+    curves: Curves,
+    yours: dict[str, str],
+) -> Report:
+    """The page about the run."""
+    model = transcriber.model
+    longest = max(evaluation.sets["held-out/manifest"], key=lambda item: item.transcript.duration)
+    shown = [next(iter(evaluation.sets["held-out/manifest"])), longest]
+    return Report(
+        title="isthmus quickstart",
+        summary=(
+            "Between a frozen speech encoder and a frozen language model, a small projector was "
+            f"trained on {TRAIN_UTTERANCES} synthetic utterances, and tested on other voices."
+        ),
+        parts=_parts(recipe, model),
+        scores=evaluation.scores,
+        curves=curves,
+        examples=pick_examples(evaluation.scores.pooled, 12),
+        alignments=[align(model, load_cut(item.cut), transcript(item.cut)) for item in shown],
+        transcripts=yours,
+        settings=dump_recipe(recipe),
+        commands=NEXT,
+    )
+
+
+def _parts(recipe: Recipe, model: SpeechLLM) -> list[Part]:
+    """Sizes of the three parts, and what each hands on."""
+    rate = model.encoder.frame_rate
+    embeddings = rate / recipe.projector.downsample_rate
+    rows = [
+        (
+            "Encoder",
+            recipe.encoder.type,
+            model.encoder,
+            f"{rate:g} a second × {model.encoder.dim}",
+        ),
+        (
+            "Projector",
+            recipe.projector.type,
+            model.projector,
+            f"{embeddings:g} a second × {model.llm.dim}",
+        ),
+        ("LLM", recipe.llm.path, model.llm, "text"),
+    ]
+    return [
+        Part(
+            role,
+            name,
+            sum(value.numel() for value in part.parameters()),
+            sum(value.numel() for value in part.parameters() if value.requires_grad),
+            output,
+        )
+        for role, name, part, output in rows
+    ]
+
+
+def _print_results(console: Console, evaluation: Evaluation, yours: dict[str, str]) -> None:
+    """References and hypotheses side by side, the error rate, and the user's own files."""
+    table = Table("reference", "hypothesis", box=None, pad_edge=False)
+    for example in pick_examples(evaluation.scores.pooled, SHOWN):
+        right = example.reference == example.hypothesis
+        table.add_row(
+            Text(example.reference), Text(example.hypothesis, style="" if right else "red")
+        )
+    console.print(table)
+    score = evaluation.scores.pooled
+    assert score.wer is not None  # the corpus is ours and has words
+    assert score.interval is not None
+    low, high = score.interval
+    console.print(
+        f"[bold]WER {score.wer:.1%}[/] (95 % interval {low:.1%} to {high:.1%}) on "
+        f"{len(score.utterances)} utterances of held-out voices"
+    )
+    for name, text in yours.items():
+        console.print(Text(f"{name}: {text}"))
+
+
+def _print_next(console: Console, run: Path, page: Path) -> None:
+    console.print(f"\nThe report: [bold]{page}[/]", soft_wrap=True)
+    console.print("What to type next:")
+    for command, purpose in NEXT.items():
+        typed = command.replace("RUN", str(run))
+        console.print(Text(f"  {typed}\n      {purpose}"), soft_wrap=True)

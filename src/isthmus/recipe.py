@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -24,10 +24,8 @@ from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.speech.augment import Augmentation, SpecAugment
 
-Settings = PartSettings
 
-
-class Corpus(Settings):
+class Corpus(PartSettings):
     """One manifest or folder of speech."""
 
     path: str
@@ -36,7 +34,7 @@ class Corpus(Settings):
     """How often its utterances come in an epoch."""
 
 
-class JoinSettings(Settings):
+class JoinSettings(PartSettings):
     """Training utterances one behind the other, as one."""
 
     probability: float = Field(0.5, ge=0, le=1)
@@ -45,7 +43,7 @@ class JoinSettings(Settings):
     """Longest joined utterance."""
 
 
-class DataSettings(Settings):
+class DataSettings(PartSettings):
     """What is trained and validated on."""
 
     train: tuple[Corpus | str, ...] = ()
@@ -62,7 +60,7 @@ class DataSettings(Settings):
     """On log-mel features, in CTC pretraining only."""
 
 
-class TrainSettings(Settings):
+class TrainSettings(PartSettings):
     """Optimisation; the defaults are those of SLAM-ASR (section 3.3)."""
 
     steps: int = Field(100_000, ge=1)
@@ -103,7 +101,7 @@ class TrainSettings(Settings):
         return values
 
 
-class DecodeSettings(Settings):
+class DecodeSettings(PartSettings):
     """How transcripts are searched for."""
 
     beam_size: int = Field(4, ge=1)
@@ -118,7 +116,7 @@ class DecodeSettings(Settings):
     """Utterances decoded together; has no influence on the text."""
 
 
-class Experiment(Settings):
+class Experiment(PartSettings):
     """What all recipes have."""
 
     name: str = Field(pattern=r"^[\w.+-]+$")
@@ -208,12 +206,20 @@ def parse_yaml(text: str) -> Any:
     return yaml.load(text, Loader=_Loader)  # a SafeLoader
 
 
+@overload
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
+
+
+@overload
 def load_recipe(
-    path: str | Path,
-    overrides: Sequence[str] = (),
-    kind: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
-) -> AnyRecipe:
-    """Read a recipe file and apply `a.b=c` overrides.
+    path: str | Path, overrides: Sequence[str] = (), *, kind: type[AnyRecipe]
+) -> AnyRecipe: ...
+
+
+def load_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, kind: type[Experiment] = Recipe
+) -> Experiment:
+    """Read a recipe file, or a shipped recipe by name, and apply `a.b=c` overrides.
 
     Raises IsthmusError naming the file, the key, the value, and what would be right.
     """
@@ -226,16 +232,11 @@ def load_recipe(
         raise IsthmusError(f"{file} holds no settings (key: value lines).")
     for override in overrides:
         _override(values, override)
-    return validate(values, kind, str(file))
-
-
-def validate(values: dict[str, Any], kind: type[AnyRecipe], origin: str) -> AnyRecipe:
-    """The recipe of plain values; errors speak of `origin`."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [f"  {line}" for line in _explain(error, kind)]
-        raise IsthmusError("\n".join([f"{origin} is not a valid recipe:", *lines])) from error
+        raise IsthmusError("\n".join([f"{file} is not a valid recipe:", *lines])) from error
 
 
 def dump_recipe(recipe: Experiment) -> str:

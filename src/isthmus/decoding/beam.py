@@ -1,10 +1,10 @@
 """Beam search over audio-conditioned prompts; greedy search is one beam.
 
-The rules are those of transformers' `generate(num_beams=K, early_stopping=False)`: 2K candidates a
-step, a hypothesis ends when an end token is among the K best of them, scores are divided by
-length ** length_penalty (the end token counts), and an utterance is done when no open hypothesis
-can beat its K finished ones. Unlike there, every utterance has its own limit of tokens, and leaves the
-batch when it is done.
+The rules are those of transformers' `generate(num_beams=K, early_stopping=False)`: of the best 2K
+candidates of a step, those that end with an end token and are among the first K are finished;
+scores are divided by length ** length_penalty (the end token counts); an utterance is done when no
+open hypothesis can beat its K finished ones. Unlike there, every utterance has its own limit of
+tokens, and leaves the batch when it is done.
 
 Shapes: N utterances still open, K beams, L prompt positions, E width, V tokens.
 """
@@ -129,7 +129,7 @@ class _Steps:
         self.network = network
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=prompts[0].device)
         longest = int(lengths.max())
-        dtype = network.get_input_embeddings().weight.dtype
+        dtype = next(network.parameters()).dtype
         self.embeddings = torch.stack(
             [nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts]
         ).to(dtype)  # (N, L, E), padded at the front

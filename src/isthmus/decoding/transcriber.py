@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 import torch
 
+from isthmus.decoding.beam import Hypothesis, beam_search
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import ASSETS
 from isthmus.model.speech_llm import SpeechLLM
@@ -16,8 +17,6 @@ from isthmus.recipe import DecodeSettings
 from isthmus.speech.audio import SAMPLE_RATE, load_audio
 from isthmus.training.batches import collate
 from isthmus.training.runs import load_run
-
-from isthmus.decoding.beam import Hypothesis, beam_search
 
 DEFAULT = "default"
 Audio = str | Path | bytes | np.ndarray
@@ -84,7 +83,7 @@ class Transcriber:
         room = limit if longest is None else longest - prompt
         if room < 1:
             raise IsthmusError(
-                f"An utterance of {seconds:.1f} s fills the language model's {longest} positions. "
+                f"An utterance of {seconds:.1f} s fills the LLM's {longest} positions. "
                 "Cut it into shorter ones."
             )
         return min(limit, room)
@@ -98,8 +97,8 @@ class Transcriber:
         limit = self.model.encoder.max_seconds
         if limit is not None and len(waveform) > limit * SAMPLE_RATE:
             raise IsthmusError(
-                f"Utterance {number} is {len(waveform) / SAMPLE_RATE:.1f} s long, the encoder takes "
-                f"{limit:g} s. Cut it into shorter ones."
+                f"Utterance {number} is {len(waveform) / SAMPLE_RATE:.1f} s long, the encoder "
+                f"takes {limit:g} s. Cut it into shorter ones."
             )
 
 

@@ -5,15 +5,20 @@ Shapes: B batch, S samples, F mel bins, T encoder frames, D encoder width, V uni
 
 import itertools
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
+from pydantic import ValidationError
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, ParakeetForCTC, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCTC, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model.features import LogMel, LogMelSettings
-from isthmus.model.parts import PartSettings
+from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings
+from isthmus.model.parts import PartSettings, load_network, loading
+from isthmus.speech.audio import SAMPLE_RATE
 
 FRONT_END_FILE = "front_end.json"
 
@@ -42,35 +47,29 @@ class ConformerCTC(nn.Module):
     tokenizer of the units, and the settings of the front end.
     """
 
-    def __init__(
-        self, network: ParakeetForCTC, tokenizer: PreTrainedTokenizerFast, front_end: LogMelSettings
-    ):
+    def __init__(self, network: Any, tokenizer: PreTrainedTokenizerFast, front_end: LogMelSettings):
         super().__init__()
-        if network.config.encoder_config.num_mel_bins != front_end.num_mels:
+        self.encoder_config: Any = network.config.encoder_config
+        if self.encoder_config.num_mel_bins != front_end.num_mels:
             raise IsthmusError(
-                f"The Conformer takes {network.config.encoder_config.num_mel_bins} mel bins, its "
-                f"front end gives {front_end.num_mels}."
+                f"The Conformer takes {self.encoder_config.num_mel_bins} mel bins, its front end "
+                f"gives {front_end.num_mels}. Set front_end.num_mels to the former."
             )
-        self.network = network
+        self.network: Any = network  # transformers' ParakeetForCTC
         self.tokenizer = tokenizer
         self.log_mel = LogMel(front_end)
 
     @property
     def dim(self) -> int:
-        return int(self.network.config.encoder_config.hidden_size)
+        return int(self.encoder_config.hidden_size)
 
     @property
     def frame_rate(self) -> float:
-        return 100.0 / self.network.config.encoder_config.subsampling_factor
+        return SAMPLE_RATE / HOP_SAMPLES / int(self.encoder_config.subsampling_factor)
 
     def output_length(self, num_samples: int) -> int:
-        """Frames of an utterance: each stride-2 convolution halves, rounding up."""
-        config = self.network.config.encoder_config
-        length = self.log_mel.output_length(num_samples)
-        for _ in range(config.subsampling_factor.bit_length() - 1):
-            length = (length + 2 * ((config.subsampling_conv_kernel_size - 1) // 2)
-                      - config.subsampling_conv_kernel_size) // config.subsampling_conv_stride + 1  # fmt: skip
-        return length
+        """Frames of an utterance."""
+        return subsampled_length(self.encoder_config, self.log_mel.output_length(num_samples))
 
     def features(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         """Log-mel features (B, T, F) and their lengths."""
@@ -80,8 +79,8 @@ class ConformerCTC(nn.Module):
     def encode(self, features: Tensor, num_features: Tensor) -> tuple[Tensor, Tensor]:
         """Features (B, T, F) to frames (B, T', D)."""
         valid = torch.arange(features.shape[1], device=features.device) < num_features[:, None]
-        features = features.masked_fill(~valid[..., None], 0.0)
-        output = self.network.encoder(features, attention_mask=valid.long())
+        features = features.masked_fill(~valid[..., None], 0.0).to(self.network.dtype)
+        output = self.network.encoder(features, attention_mask=valid)
         return output.last_hidden_state, output.attention_mask.sum(dim=1)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +88,8 @@ class ConformerCTC(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the units, the blank among them."""
-        return self.network.ctc_head(frames).float().log_softmax(dim=-1)
+        logits: Tensor = self.network.ctc_head(frames)
+        return logits.float().log_softmax(dim=-1)
 
     @property
     def blank(self) -> int:
@@ -113,15 +113,19 @@ class ConformerCTC(nn.Module):
 
     @classmethod
     def load(cls, folder: Path) -> "ConformerCTC":
-        """A model written by `save`; its frames and CTC head in its own precision."""
+        """A model written by `save`, in the precision it was written in."""
         if not (folder / FRONT_END_FILE).is_file():
             raise IsthmusError(
                 f"{folder} has no {FRONT_END_FILE}: not a Conformer written by `isthmus "
                 "pretrain-ctc`. For Parakeet models of the hub use `type: parakeet`."
             )
-        front_end = LogMelSettings.model_validate_json((folder / FRONT_END_FILE).read_text())
-        network = ParakeetForCTC.from_pretrained(folder, use_safetensors=True, dtype="auto")
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+        try:
+            front_end = LogMelSettings.model_validate_json((folder / FRONT_END_FILE).read_text())
+        except ValidationError as error:
+            raise IsthmusError(f"{folder / FRONT_END_FILE} is damaged: {error}") from error
+        network = load_network(AutoModelForCTC, folder, str(folder))
+        with loading(str(folder)):
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
         return cls(network, tokenizer, front_end)
 
     @classmethod
@@ -146,13 +150,21 @@ class ConformerCTC(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
             ctc_loss_reduction="sum",
         )
-        return cls(ParakeetForCTC(config), tokenizer, front_end)
+        return cls(AutoModelForCTC.from_config(config), tokenizer, front_end)
+
+
+def subsampled_length(encoder_config: Any, num_features: int) -> int:
+    """Frames of `num_features` feature frames: each of the network's convolutions halves them."""
+    kernel = int(encoder_config.subsampling_conv_kernel_size)
+    stride = int(encoder_config.subsampling_conv_stride)
+    padding = 2 * ((kernel - 1) // 2)
+    for _ in range(int(math.log2(encoder_config.subsampling_factor))):
+        num_features = (num_features + padding - kernel) // stride + 1
+    return num_features
 
 
 def letter_tokenizer(letters: str = "abcdefghijklmnopqrstuvwxyz' ") -> PreTrainedTokenizerFast:
     """Spelling units for CTC: single letters, and the blank as the padding token."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
     vocabulary = {"<blank>": 0, "<unk>": 1} | {letter: 2 + i for i, letter in enumerate(letters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")

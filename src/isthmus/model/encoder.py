@@ -6,9 +6,11 @@ To add one: a class here with the members of Encoder, its settings class that bu
 name in EncoderSettings at the end of this file.
 """
 
+import math
 import warnings
+from abc import abstractmethod
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -16,10 +18,19 @@ from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC
-from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings
-from isthmus.model.parts import PartSettings, PretrainedSettings, Tune, model_type, resolve
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
+from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, full_precision
+from isthmus.model.parts import (
+    PartSettings,
+    PretrainedSettings,
+    load_network,
+    loading,
+    model_type,
+    resolve,
+)
 from isthmus.speech.audio import SAMPLE_RATE
+
+EncoderTune = Literal["frozen", "full"]
 
 
 class Encoder(nn.Module):
@@ -31,15 +42,18 @@ class Encoder(nn.Module):
 
     dim: int  # D
     frame_rate: float  # frames a second
-    max_seconds: float | None = None  # longest utterance, None if there is no limit
-    ctc: ConformerCTC | None = None  # set where the encoder can spell by itself
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.max_seconds: float | None = None  # longest utterance, None if there is no limit
+        self.ctc: ConformerCTC | None = None  # set where the encoder can spell by itself
+
+    @abstractmethod
     def output_length(self, num_samples: int) -> int:
         """Frames of an utterance of `num_samples`, exactly as forward gives."""
-        raise AssertionError("each encoder defines it")
 
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        raise AssertionError("each encoder defines it")
+    @abstractmethod
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class WhisperEncoder(Encoder):
@@ -49,73 +63,82 @@ class WhisperEncoder(Encoder):
     frames of padding are dropped again. Unpadded, each utterance passes alone at its own length.
     """
 
-    max_seconds = 30.0
-
-    def __init__(self, network: nn.Module, extractor: object, pad_to_30s: bool = True):
+    def __init__(self, network: Any, extractor: Any, pad_to_30s: bool = True):
         super().__init__()
-        self.network = network
+        self.network: Any = network  # transformers' WhisperEncoder
         self.extractor = extractor
         self.pad_to_30s = pad_to_30s
         self.dim = int(network.config.d_model)
         self.frame_rate = SAMPLE_RATE / HOP_SAMPLES / 2
+        self.max_seconds = float(extractor.chunk_length)
 
     def output_length(self, num_samples: int) -> int:
-        return max(1, -(-(num_samples // HOP_SAMPLES) // 2))  # a stride of 2 after the mel hop
+        return max(1, math.ceil(num_samples // HOP_SAMPLES / 2))  # a stride of 2 after the mel hop
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        """Raises IsthmusError for an utterance longer than 30 s."""
+        longest = int(num_samples.max())
+        if longest > self.extractor.n_samples:
+            raise IsthmusError(
+                f"encoder: an utterance of {longest / SAMPLE_RATE:.2f} s is longer than the "
+                f"{self.max_seconds:g} s that Whisper takes. Cut it into shorter ones."
+            )
         lengths = num_samples.tolist()
-        num_frames = torch.tensor([self.output_length(n) for n in lengths], device=waveforms.device)
-        mels = [
-            self._mel(waveform[:n]) for waveform, n in zip(waveforms, lengths, strict=True)
-        ]  # (mels, 3000) each, or (mels, S / 160)
+        mels = [self._mel(row[:n]) for row, n in zip(waveforms, lengths, strict=True)]
         if self.pad_to_30s:
             frames = self.network(torch.stack(mels)).last_hidden_state
-            return frames[:, : int(num_frames.max())], num_frames
-        encoded = [self._unpadded(mel) for mel in mels]
-        return nn.utils.rnn.pad_sequence(encoded, batch_first=True), num_frames
+        else:
+            encoded = [self._encode_unpadded(mel) for mel in mels]
+            frames = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        num_frames = torch.tensor([self.output_length(n) for n in lengths], device=frames.device)
+        return frames[:, : int(num_frames.max())], num_frames
 
     def _mel(self, waveform: Tensor) -> Tensor:
-        whole = self.extractor.n_samples if self.pad_to_30s else max(2 * HOP_SAMPLES, len(waveform))
-        padded = nn.functional.pad(waveform.float(), (0, int(whole) - len(waveform)))
-        features = self.extractor._torch_extract_fbank_features(
-            padded[None].cpu().numpy(), device=str(waveform.device)
-        )
-        dtype = next(self.network.parameters()).dtype
-        return torch.as_tensor(features[0], dtype=dtype, device=waveform.device)
+        """Log-mel features of an utterance (S,): (mels, 3000), or (mels, S / 160) unpadded."""
+        short = max(0, 2 * HOP_SAMPLES - len(waveform))  # one frame
+        with full_precision(waveform.device):
+            features = self.extractor(
+                nn.functional.pad(waveform, (0, short)).cpu().numpy(),
+                sampling_rate=SAMPLE_RATE,
+                padding="max_length" if self.pad_to_30s else "do_not_pad",
+                device=str(waveform.device),
+                return_tensors="pt",
+            )
+        mel: Tensor = features["input_features"][0].to(waveform.device, self.network.dtype)
+        return mel
 
-    def _unpadded(self, mel: Tensor) -> Tensor:
-        """One utterance (mels, T) through the encoder without padding; frames (T / 2, D)."""
+    def _encode_unpadded(self, mel: Tensor) -> Tensor:
+        """What the network does, less its demand for 30 s: (mels, T) to frames (T / 2, D)."""
         network = self.network
         hidden = nn.functional.gelu(network.conv1(mel[None]))
         hidden = nn.functional.gelu(network.conv2(hidden)).transpose(1, 2)
         hidden = hidden + network.embed_positions.weight[: hidden.shape[1]]
         for layer in network.layers:
             hidden = layer(hidden, None)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
-        return network.layer_norm(hidden)[0]
+        frames: Tensor = network.layer_norm(hidden)[0]
+        return frames
 
 
 class SelfSupervisedEncoder(Encoder):
     """wav2vec 2.0, HuBERT and WavLM: raw waveforms in, 50 frames a second.
 
     The base sizes have a group norm over time in their convolutional front end. Its statistics
-    would see padding, so that front end runs an utterance at a time.
+    would see padding, so the front end runs an utterance at a time.
     """
 
-    def __init__(self, network: nn.Module, normalise: bool):
+    def __init__(self, network: Any, normalise: bool):
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.normalise = normalise
         config = network.config
         self.dim = int(config.hidden_size)
         self.strides = list(zip(config.conv_kernel, config.conv_stride, strict=True))
-        hop = 1
-        for _, stride in self.strides:
-            hop *= stride
-        self.frame_rate = SAMPLE_RATE / hop
+        self.frame_rate = SAMPLE_RATE / math.prod(config.conv_stride)
         self.shortest = 1  # samples that give one frame
         for kernel, stride in reversed(self.strides):
             self.shortest = (self.shortest - 1) * stride + kernel
+        # some HuBERTs have a batch norm that makes padding count in the layers behind it
+        self.alone = bool(getattr(config, "conv_pos_batch_norm", False))
 
     def output_length(self, num_samples: int) -> int:
         length = max(num_samples, self.shortest)
@@ -124,32 +147,39 @@ class SelfSupervisedEncoder(Encoder):
         return length
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        lengths = num_samples.tolist()
-        num_frames = torch.tensor([self.output_length(n) for n in lengths], device=waveforms.device)
-        rows = [self._prepare(row[:n]) for row, n in zip(waveforms, lengths, strict=True)]
-        if self.network.config.feat_extract_norm == "group":
-            local = [self.network.feature_extractor(row[None])[0].T for row in rows]  # (T, C) each
-            features = nn.utils.rnn.pad_sequence(local, batch_first=True)
+        rows = zip(waveforms, num_samples.tolist(), strict=True)
+        features = [self._features(row[:n]) for row, n in rows]  # (T, C) each
+        if self.alone:
+            frames = [self._encode([row])[0] for row in features]
+            hidden = nn.utils.rnn.pad_sequence(frames, batch_first=True)
         else:
-            batch = nn.utils.rnn.pad_sequence(rows, batch_first=True)
-            features = self.network.feature_extractor(batch).transpose(1, 2)
-        projected = self.network.feature_projection(features)
-        hidden = projected[0] if isinstance(projected, tuple) else projected
-        valid = torch.arange(hidden.shape[1], device=hidden.device) < num_frames[:, None]
-        encoded = self.network.encoder(hidden, attention_mask=valid.long())
-        return encoded.last_hidden_state, num_frames
+            hidden = self._encode(features)
+        return hidden, torch.tensor([len(row) for row in features], device=waveforms.device)
 
-    def _prepare(self, waveform: Tensor) -> Tensor:
-        """Zero mean and unit variance over the utterance, where the model was trained so."""
-        if self.normalise:
+    def _features(self, waveform: Tensor) -> Tensor:
+        """An utterance (S,) through the convolutions: (T, C)."""
+        if self.normalise:  # to zero mean and unit variance, where the model was trained so
             mean, variance = waveform.mean(), waveform.var(unbiased=False)
             waveform = (waveform - mean) / torch.sqrt(variance + 1e-7)
         waveform = nn.functional.pad(waveform, (0, max(0, self.shortest - len(waveform))))
-        return waveform.to(next(self.network.parameters()).dtype)
+        features: Tensor = self.network.feature_extractor(waveform[None].to(self.network.dtype))
+        return features[0].T
+
+    def _encode(self, features: list[Tensor]) -> Tensor:
+        """Convolutional features (T, C) of B utterances to frames (B, T, D)."""
+        lengths = torch.tensor([len(row) for row in features], device=features[0].device)
+        batch = nn.utils.rnn.pad_sequence(features, batch_first=True)
+        projected = self.network.feature_projection(batch)
+        hidden = projected[0] if isinstance(projected, tuple) else projected
+        valid = torch.arange(hidden.shape[1], device=hidden.device) < lengths[:, None]
+        frames: Tensor = self.network.encoder(hidden, attention_mask=valid).last_hidden_state
+        return frames
 
 
 class ConformerEncoder(Encoder):
     """A Conformer pretrained with CTC (`isthmus pretrain-ctc`); the CTC head stays at hand."""
+
+    ctc: ConformerCTC
 
     def __init__(self, model: ConformerCTC):
         super().__init__()
@@ -158,49 +188,38 @@ class ConformerEncoder(Encoder):
         self.frame_rate = model.frame_rate
 
     def output_length(self, num_samples: int) -> int:
-        assert self.ctc is not None
         return self.ctc.output_length(num_samples)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.ctc is not None
-        frames: tuple[Tensor, Tensor] = self.ctc(waveforms, num_samples)
-        return frames
+        return self.ctc.encode(*self.ctc.features(waveforms, num_samples))
 
 
 class ParakeetEncoder(Encoder):
     """NVIDIA's Parakeet (FastConformer) with the front end of its feature extractor."""
 
-    def __init__(self, network: nn.Module, extractor: object):
+    def __init__(self, network: Any, extractor: Any):
         super().__init__()
-        self.network = network
+        self.network: Any = network
         self.extractor = extractor
         self.dim = int(network.config.hidden_size)
         self.frame_rate = SAMPLE_RATE / extractor.hop_length / network.config.subsampling_factor
+        self.shortest = 2 * extractor.hop_length  # its statistics need two feature frames
 
     def output_length(self, num_samples: int) -> int:
-        config = self.network.config
-        length = max(1, num_samples // self.extractor.hop_length)
-        for _ in range(config.subsampling_factor.bit_length() - 1):
-            padding = 2 * ((config.subsampling_conv_kernel_size - 1) // 2)
-            kernel, stride = config.subsampling_conv_kernel_size, config.subsampling_conv_stride
-            length = (length + padding - kernel) // stride + 1
-        return length
+        num_features = max(num_samples, self.shortest) // self.extractor.hop_length
+        return subsampled_length(self.network.config, num_features)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        shortest = 2 * self.extractor.hop_length  # statistics need two feature frames
         rows = [
-            nn.functional.pad(row[:n], (0, max(0, shortest - n))).cpu().numpy()
+            nn.functional.pad(row[:n], (0, max(0, self.shortest - n))).cpu().numpy()
             for row, n in zip(waveforms, num_samples.tolist(), strict=True)
         ]
-        inputs = self.extractor(
-            rows, sampling_rate=SAMPLE_RATE, return_tensors="pt", return_attention_mask=True
-        )
-        dtype = next(self.network.parameters()).dtype
-        features = inputs["input_features"].to(waveforms.device, dtype)
+        with full_precision(torch.device("cpu")):
+            inputs = self.extractor(rows, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        features = inputs["input_features"].to(waveforms.device, self.network.dtype)
         mask = inputs["attention_mask"].to(waveforms.device)
         output = self.network(features, attention_mask=mask)
-        num_frames = torch.tensor([self.output_length(n) for n in num_samples.tolist()])
-        return output.last_hidden_state, num_frames.to(waveforms.device)
+        return output.last_hidden_state, output.attention_mask.sum(dim=1)
 
 
 class FBankEncoder(Encoder):
@@ -210,7 +229,7 @@ class FBankEncoder(Encoder):
         super().__init__()
         self.log_mel = LogMel(LogMelSettings(num_mels=num_mels, normalise="peak"))
         self.dim = num_mels
-        self.frame_rate = 100.0
+        self.frame_rate = SAMPLE_RATE / HOP_SAMPLES
 
     def output_length(self, num_samples: int) -> int:
         return self.log_mel.output_length(num_samples)
@@ -224,47 +243,49 @@ class WhisperSettings(PretrainedSettings):
     """Whisper's encoder, any size."""
 
     type: Literal["whisper"] = "whisper"
-    tune: Tune = "frozen"
+    tune: EncoderTune = "frozen"
     pad_to_30s: bool = True
     """False: utterances at their own length, which Whisper was not trained on."""
 
     def build(self) -> WhisperEncoder:
         if not self.pad_to_30s:
-            warnings.warn("Whisper without padding to 30 s: it was trained on padded audio.", stacklevel=2)
-        folder = _checked_folder(self.path, self.revision, {"whisper"})
-        network = AutoModel.from_pretrained(folder, use_safetensors=True, dtype="auto").encoder
-        extractor = AutoFeatureExtractor.from_pretrained(folder)
-        return WhisperEncoder(network, extractor, self.pad_to_30s)
+            warnings.warn(
+                "encoder.pad_to_30s is false: Whisper was trained on padded audio and is worse "
+                "without.",
+                stacklevel=2,
+            )
+        folder = _checked_folder(self, {self.type})
+        network = load_network(AutoModel, folder, self.path)
+        return WhisperEncoder(network.encoder, _extractor(self, folder), self.pad_to_30s)
 
 
 class SelfSupervisedSettings(PretrainedSettings):
     """wav2vec 2.0, HuBERT or WavLM, any size."""
 
     type: Literal["wav2vec2", "hubert", "wavlm"]
-    tune: Tune = "frozen"
+    tune: EncoderTune = "frozen"
 
     def build(self) -> SelfSupervisedEncoder:
-        folder = _checked_folder(self.path, self.revision, {self.type})
-        network = AutoModel.from_pretrained(folder, use_safetensors=True, dtype="auto")
-        network.config.apply_spec_augment = False
-        extractor = AutoFeatureExtractor.from_pretrained(folder)
-        return SelfSupervisedEncoder(network, bool(extractor.do_normalize))
+        folder = _checked_folder(self, {self.type})
+        network = load_network(AutoModel, folder, self.path)
+        return SelfSupervisedEncoder(network, bool(_extractor(self, folder).do_normalize))
 
 
 class ConformerSettings(PretrainedSettings):
     """A Conformer of `isthmus pretrain-ctc`, or a Parakeet CTC model of the hub."""
 
     type: Literal["conformer"] = "conformer"
-    tune: Tune = "frozen"
+    tune: EncoderTune = "frozen"
 
     def build(self) -> ConformerEncoder | ParakeetEncoder:
-        folder = _checked_folder(self.path, self.revision, {"parakeet_ctc", "parakeet_encoder"})
+        folder = _checked_folder(self, {"parakeet_ctc", "parakeet_encoder"})
         if (folder / FRONT_END_FILE).is_file():
             return ConformerEncoder(ConformerCTC.load(folder))
-        auto = AutoModelForCTC if model_type(folder) == "parakeet_ctc" else AutoModel
-        network = auto.from_pretrained(folder, use_safetensors=True, dtype="auto")
-        extractor = AutoFeatureExtractor.from_pretrained(folder)
-        return ParakeetEncoder(getattr(network, "encoder", network), extractor)
+        if model_type(folder) == "parakeet_ctc":
+            network = load_network(AutoModelForCTC, folder, self.path).encoder
+        else:
+            network = load_network(AutoModel, folder, self.path)
+        return ParakeetEncoder(network, _extractor(self, folder))
 
 
 class FBankSettings(PartSettings):
@@ -281,12 +302,19 @@ class FBankSettings(PartSettings):
 EncoderSettings = WhisperSettings | SelfSupervisedSettings | ConformerSettings | FBankSettings
 
 
-def _checked_folder(path: str, revision: str | None, types: set[str]) -> Path:
+def _checked_folder(settings: PretrainedSettings, types: set[str]) -> Path:
     """The model's folder, if it declares one of the architectures `types`."""
-    folder = resolve(path, revision)
+    folder = resolve(settings.path, settings.revision)
     declared = model_type(folder)
     if declared not in types:
         raise IsthmusError(
-            f"encoder: {path} is a {declared!r} model, the recipe says type {' or '.join(sorted(types))}."
+            f"encoder: {settings.path} is a {declared!r} model, but the recipe's type wants "
+            f"{' or '.join(sorted(types))}. Correct encoder.type or encoder.path."
         )
     return folder
+
+
+def _extractor(settings: PretrainedSettings, folder: Path) -> Any:
+    """The model's own front end as transformers has it; a recipe never repeats its numbers."""
+    with loading(settings.path):
+        return AutoFeatureExtractor.from_pretrained(folder)

@@ -4,6 +4,7 @@ Shapes: B batch, S samples, F mel bins, T feature frames.
 """
 
 import math
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import torch
@@ -18,6 +19,7 @@ FFT_SAMPLES = 512  # next power of two
 PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0
 KALDI_SCALE = 32768.0  # Kaldi's waveforms are 16-bit integers
+QUIETEST_PEAK = 1.0  # mean energy of a frame; the rounding of 16-bit audio alone has more
 
 
 class LogMelSettings(BaseModel):
@@ -56,7 +58,9 @@ class LogMel(nn.Module):
 
     def output_length(self, num_samples: int) -> int:
         """Frames of an utterance of `num_samples`; shorter ones are padded to one window."""
-        return 1 + (max(num_samples + 2 * self.margin, FRAME_SAMPLES) - FRAME_SAMPLES) // HOP_SAMPLES
+        return (
+            1 + (max(num_samples + 2 * self.margin, FRAME_SAMPLES) - FRAME_SAMPLES) // HOP_SAMPLES
+        )
 
     @torch.no_grad()
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +73,8 @@ class LogMel(nn.Module):
         previous = torch.cat([windows[..., :1], windows[..., :-1]], dim=2)
         windows = (windows - PREEMPHASIS * previous) * self.window
         power = torch.fft.rfft(windows, n=FFT_SAMPLES).abs().square()  # (B, T, 257)
-        mels = power @ self.filters  # (B, T, F)
+        with full_precision(power.device):
+            mels = power @ self.filters  # (B, T, F)
         features = mels.clamp_min(torch.finfo(torch.float32).eps).log()
         lengths = [self.output_length(n) for n in num_samples.tolist()]
         num_frames = torch.tensor(lengths, device=waveforms.device)
@@ -81,10 +86,15 @@ class LogMel(nn.Module):
         """Scale to about [-2, 2]: 2 is the mean energy of the loudest frame, -2 is silence."""
         valid = torch.arange(features.shape[1], device=features.device) < num_frames[:, None]
         energy = mels.mean(dim=2).masked_fill(~valid, 0.0)  # (B, T)
-        peak = energy.amax(dim=1).clamp_min(torch.finfo(torch.float32).eps).log()
+        peak = energy.amax(dim=1).clamp_min(QUIETEST_PEAK).log()  # all silence stays silence
         span = self.settings.range_db * math.log(10.0) / 10.0
         relative = (features - peak[:, None, None]).clamp_min(-span)
         return relative * (4.0 / span) + 2.0
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast: front ends lose digits in bfloat16, and those of transformers fail."""
+    return torch.autocast(device.type, enabled=False)
 
 
 def mel_filters(num_mels: int) -> Tensor:

@@ -1,22 +1,39 @@
 """The language model: any causal model of transformers, frozen, with LoRA, or trained whole."""
 
+import warnings
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from pydantic import Field
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import PartSettings, PretrainedSettings, Tune, resolve
+from isthmus.model.parts import (
+    PartSettings,
+    PretrainedSettings,
+    Tune,
+    load_network,
+    loading,
+    resolve,
+)
 
 
 class LoraSettings(PartSettings):
     """Low-rank adapters (arXiv 2106.09685) on the named linear layers."""
 
     rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    alpha: int = Field(16, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -31,28 +48,33 @@ class LLMSettings(PretrainedSettings):
     """Used with `tune: lora`."""
 
     def build(self) -> "LLM":
+        if self.tune != "lora" and self.lora != LoraSettings():
+            warnings.warn(f"llm.lora is ignored with tune: {self.tune}.", stacklevel=2)
         folder = resolve(self.path, self.revision)
-        try:
-            network = AutoModelForCausalLM.from_pretrained(folder, use_safetensors=True, dtype=self.dtype)
+        network = load_network(AutoModelForCausalLM, folder, self.path, self.dtype)
+        with loading(self.path):
             tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (ValueError, OSError, KeyError) as error:
-            raise IsthmusError(f"llm: {self.path} cannot be loaded: {error}") from error
         if self.tune == "lora":
-            network = _with_lora(network, self.lora)
+            _add_lora(network, self.lora)
         return LLM(network, tokenizer)
 
 
 class LLM(nn.Module):
     """A causal language model with its tokenizer."""
 
-    def __init__(self, network: nn.Module, tokenizer: PreTrainedTokenizerFast):
+    def __init__(self, network: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
         super().__init__()
         self.network = network
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # transformers leaves half of its methods without types
 
     @property
     def dim(self) -> int:
-        return int(self.network.get_input_embeddings().weight.shape[1])
+        return self._embedding.embedding_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of its embeddings."""
+        return self._embedding.weight.dtype
 
     @property
     def max_tokens(self) -> int | None:
@@ -60,43 +82,53 @@ class LLM(nn.Module):
         limit = getattr(self.network.config.get_text_config(), "max_position_embeddings", None)
         return int(limit) if limit else None
 
+    @property
+    def _embedding(self) -> nn.Embedding:
+        return cast(nn.Embedding, self.network.get_input_embeddings())
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids (...) to embeddings (..., E)."""
-        embedded: Tensor = self.network.get_input_embeddings()(tokens)
+        embedded: Tensor = self._embedding(tokens)
         return embedded
 
     def end_tokens(self, end: int) -> list[int]:
         """Tokens that end a transcript: the prompt's own and the model's."""
-        stated = self.network.generation_config.eos_token_id
+        generation: Any = self.network.generation_config
+        stated = generation.eos_token_id  # None, a token, or a list of them
         more = stated if isinstance(stated, list) else [stated]
-        return sorted({end, *(token for token in more if token is not None)})
+        return sorted({end, *(int(token) for token in more if token is not None)})
 
     def logits(self, embeddings: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-        """Logits (B, K, V) at the positions `keep` (K,) of sequences (B, L, E), padded at the end."""
-        output = self.network(inputs_embeds=embeddings, attention_mask=mask, logits_to_keep=keep, use_cache=False)
+        """Logits (B, K, V) at positions `keep` (K,) of sequences (B, L, E), padded at the end."""
+        output = self.network(
+            inputs_embeds=embeddings, attention_mask=mask, logits_to_keep=keep, use_cache=False
+        )
         logits: Tensor = output.logits
         return logits.float()
 
 
-def _with_lora(network: nn.Module, settings: LoraSettings) -> nn.Module:
-    from peft import LoraConfig, get_peft_model  # takes seconds to import
+def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:
+    """Adapters into the layers of `network`; nothing else of it stays trainable."""
+    from peft import LoraConfig  # takes seconds to import
 
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         target_modules=list(settings.targets),
-        task_type="CAUSAL_LM",
     )
-    try:
-        adapted: nn.Module = get_peft_model(network, config)
-    except ValueError as error:
-        linear = sorted({name.rpartition(".")[2] for name, m in network.named_modules() if isinstance(m, nn.Linear)})
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
+    unknown = set(settings.targets) - linear
+    if unknown:
         raise IsthmusError(
-            f"llm.lora.targets {list(settings.targets)}: the model has none of these layers. Its "
-            f"linear layers are {', '.join(linear)}."
-        ) from error
-    return adapted
+            f"llm.lora.targets: the model has no layers {', '.join(sorted(unknown))}. Its linear "
+            f"layers are {', '.join(sorted(linear))}."
+        )
+    network.add_adapter(config)
 
 
 class LLMArchitecture(PartSettings):
@@ -123,7 +155,7 @@ class LLMArchitecture(PartSettings):
 
 CHAT_TEMPLATE = (
     "{% for turn in messages %}"
-    "{{ 'USER: ' if turn['role'] == 'user' else 'ASSISTANT: ' if turn['role'] == 'assistant' else '' }}"
+    "{% if turn['role'] != 'system' %}{{ turn['role'] | upper + ': ' }}{% endif %}"
     "{{ turn['content'] }}{{ eos_token if turn['role'] == 'assistant' else ' ' }}"
     "{% endfor %}{{ 'ASSISTANT: ' if add_generation_prompt else '' }}"
 )
@@ -131,15 +163,17 @@ CHAT_TEMPLATE = (
 
 def character_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     """Letters in, letters out: printable ASCII and the line break, a token each."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-
-    characters = ["\n", *map(chr, range(32, 127))]
-    names = ["<unk>", "<s>", "</s>", "<pad>", *characters]
-    tokenizer = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<unk>"))
+    names = ["<unk>", "<s>", "</s>", "<pad>", "\n", *map(chr, range(32, 127))]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
     )
     if chat:
         fast.chat_template = CHAT_TEMPLATE
@@ -147,6 +181,10 @@ def character_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
 
 
 def save_llm(llm: LLM, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write weights in `dtype` (loaded again in fp32: the configuration says so) and the tokenizer."""
-    llm.network.save_pretrained(folder, state_dict={k: v.to(dtype) for k, v in llm.network.state_dict().items()})
+    """Write the weights in `dtype` and the tokenizer.
+
+    They are loaded in fp32 again: the configuration still says so.
+    """
+    weights = {name: value.to(dtype) for name, value in llm.network.state_dict().items()}
+    llm.network.save_pretrained(folder, state_dict=weights)
     llm.tokenizer.save_pretrained(folder)

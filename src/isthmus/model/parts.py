@@ -7,11 +7,14 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
 from torch import nn
 
 from isthmus.errors import IsthmusError, suggest
@@ -26,6 +29,7 @@ SHIPPED = {
 }
 READ_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+SPARE_WEIGHTS = {"masked_spec_embed"}  # of wav2vec 2.0 and its kin, for their own pretraining only
 
 
 class PartSettings(BaseModel):
@@ -52,7 +56,7 @@ class Source:
     sha256: dict[str, str]  # weight file -> checksum
 
     def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, "commit": self.commit, "sha256": self.sha256}
+        return asdict(self)
 
 
 def resolve(path: str, revision: str | None = None) -> Path:
@@ -73,9 +77,11 @@ def resolve(path: str, revision: str | None = None) -> Path:
         )
     if not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for kind in PICKLED for file in folder.glob(kind))
-        found = f" It has pickled weights ({pickled[0]}), which can run code and are not read;" if pickled else ""
+        found = (
+            f" It has {pickled[0]}, but pickles can run code and are not read." if pickled else ""
+        )
         raise IsthmusError(
-            f"{path}: the model folder {folder} has no safetensors weights.{found} load it with "
+            f"{path}: the model folder {folder} has no safetensors weights.{found} Load it with "
             "transformers and write it again with save_pretrained(), which makes safetensors."
         )
     return folder
@@ -85,17 +91,18 @@ def _download(path: str, revision: str | None) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", path) or path.startswith("."):
         raise IsthmusError(f"{path}: no such folder, and not a Hugging Face name.")
     if path.startswith("isthmus/"):
-        known = ", ".join(SHIPPED)
-        raise IsthmusError(f"Unknown shipped model {path!r}.{suggest(path, SHIPPED)} Shipped: {known}.")
+        known = f"Shipped: {', '.join(SHIPPED)}."
+        raise IsthmusError(f"Unknown shipped model {path!r}.{suggest(path, SHIPPED)} {known}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=READ_FILES))
     except Exception as error:  # the hub client raises many unrelated kinds
         at = f" at revision {revision!r}" if revision else ""
+        reason = str(error).partition("\n")[0]
         raise IsthmusError(
             f"{path}{at}: neither a local folder nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'})."
+            f"({type(error).__name__}: {reason}). Correct the name, or download it to a folder."
         ) from error
 
 
@@ -120,6 +127,34 @@ def model_type(folder: Path) -> str:
     """The architecture a model folder declares, such as `whisper`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     return str(config.get("model_type", ""))
+
+
+def load_network(auto: Any, folder: Path, path: str, dtype: str = "auto") -> Any:
+    """The network in `folder` by an Auto class of transformers, with all its weights from there.
+
+    Raises IsthmusError, also for weights that the folder lacks: transformers would go on with
+    random numbers in their place.
+    """
+    with loading(path):
+        network, info = auto.from_pretrained(
+            folder, use_safetensors=True, dtype=dtype, output_loading_info=True
+        )
+    missing = {name for name in info["missing_keys"] if name.split(".")[-1] not in SPARE_WEIGHTS}
+    if missing:
+        raise IsthmusError(
+            f"{path}: {folder} lacks {len(missing)} weights of a {type(network).__name__}, such as "
+            f"{min(missing)}. Download or write it again."
+        )
+    return network
+
+
+@contextmanager
+def loading(path: str) -> Iterator[None]:
+    """Turns what transformers says of a folder that cannot be loaded into an IsthmusError."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise IsthmusError(f"{path} cannot be loaded: {error}") from error
 
 
 def freeze(module: nn.Module) -> None:

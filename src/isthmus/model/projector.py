@@ -6,6 +6,7 @@ To add one: a class here with the same three members, its settings class, and it
 ProjectorSettings below.
 """
 
+from abc import abstractmethod
 from typing import Literal
 
 import torch
@@ -18,12 +19,12 @@ from isthmus.model.parts import PartSettings
 class Projector(nn.Module):
     """Frames (B, T, D) with their lengths to embeddings (B, A, E) with theirs."""
 
+    @abstractmethod
     def output_length(self, num_frames: int) -> int:
         """Embeddings of an utterance of `num_frames`."""
-        raise AssertionError("each projector defines it")
 
-    def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        raise AssertionError("each projector defines it")
+    @abstractmethod
+    def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]: ...
 
 
 class LinearProjector(Projector):

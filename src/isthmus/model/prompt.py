@@ -4,21 +4,24 @@ A prompt is a list of segments: trusted text of the template, the user's text, t
 audio, and the transcript with its end token, which alone carry loss. Without a transcript the same
 function gives the decoding prompt, a prefix of the training sequence by construction.
 
-To add a template: a class here with `segments`, and its name in PromptSettings below.
+To add a template: a class here with `segments`, and its name in PromptSettings below. Tokenizers
+are any of transformers'; most of their methods have no types.
 """
 
+import re
 from abc import abstractmethod
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
+from typing import Any, Literal
 
-from transformers import PreTrainedTokenizerBase
+from jinja2 import TemplateError
 
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import PartSettings
 
 INSTRUCTION = "Transcribe speech to text."  # SLAM-ASR, section 3.2
-AUDIO_MARK, USER_MARK, REPLY_MARK = "<<audio>>", "<<instruction>>", "<<reply>>"
+SYSTEM_MARK, AUDIO_MARK = "<<system>>", "<<audio>>"  # stand in for what a chat template is given
+INSTRUCTION_MARK, REPLY_MARK = "<<instruction>>", "<<reply>>"
 
 
 class Kind(Enum):
@@ -53,12 +56,10 @@ class Prompt(PartSettings):
     """A template: where audio, instruction and transcript stand."""
 
     @abstractmethod
-    def segments(
-        self, tokenizer: PreTrainedTokenizerBase, transcript: str | None = None
-    ) -> list[Segment]:
+    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
         """The sequence up to where the transcript begins, and the transcript if there is one."""
 
-    def end_token(self, tokenizer: PreTrainedTokenizerBase) -> int:
+    def end_token(self, tokenizer: Any) -> int:
         """The token that ends a transcript: supervised in training, awaited in decoding."""
         if tokenizer.eos_token_id is None:
             raise IsthmusError(f"The tokenizer of {tokenizer.name_or_path} has no end token.")
@@ -71,9 +72,7 @@ class PaperPrompt(Prompt):
     template: Literal["paper"] = "paper"
     instruction: str = INSTRUCTION
 
-    def segments(
-        self, tokenizer: PreTrainedTokenizerBase, transcript: str | None = None
-    ) -> list[Segment]:
+    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
         instruction = [Segment(Kind.TEXT, f" {self.instruction}")] if self.instruction else []
         before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, " ASSISTANT: ")
         return [BEGIN, before, AUDIO, *instruction, after, *reply(transcript)]
@@ -88,9 +87,7 @@ class SlamPrompt(Prompt):
         "Ensure that the output is not duplicated. "
     )
 
-    def segments(
-        self, tokenizer: PreTrainedTokenizerBase, transcript: str | None = None
-    ) -> list[Segment]:
+    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
         before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, "\n ASSISTANT:")
         instruction = Segment(Kind.TEXT, self.instruction)
         return [AUDIO, BEGIN, before, instruction, after, *reply(transcript)]
@@ -101,65 +98,68 @@ class BarePrompt(Prompt):
 
     template: Literal["bare"] = "bare"
 
-    def segments(
-        self, tokenizer: PreTrainedTokenizerBase, transcript: str | None = None
-    ) -> list[Segment]:
+    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
         return [AUDIO, BEGIN, *reply(transcript)]
 
 
 class ChatPrompt(Prompt):
     """The tokenizer's own chat template: audio and instruction in the user's turn.
 
-    The template is rendered once with marks in the place of audio and instruction and split at
-    them, so that neither the instruction nor a transcript is ever read as part of the template.
+    The template is rendered with marks in the place of what it is given and split at them, so that
+    neither instruction nor transcript is ever read as part of the template.
     """
 
     template: Literal["chat"] = "chat"
     instruction: str = INSTRUCTION
     system: str = ""
 
-    def segments(
-        self, tokenizer: PreTrainedTokenizerBase, transcript: str | None = None
-    ) -> list[Segment]:
+    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
+        given = {AUDIO_MARK: AUDIO, INSTRUCTION_MARK: Segment(Kind.TEXT, self.instruction)}
+        if self.system:
+            given[SYSTEM_MARK] = Segment(Kind.TEXT, self.system)
         text = self._render(tokenizer, with_reply=False)
-        before, _, rest = text.partition(AUDIO_MARK)
-        between, _, after = rest.partition(USER_MARK)
-        return [
-            Segment(Kind.TEMPLATE, before),
-            AUDIO,
-            Segment(Kind.TEMPLATE, between),
-            Segment(Kind.TEXT, self.instruction),
-            Segment(Kind.TEMPLATE, after),
-            *reply(transcript),
-        ]
+        pieces = re.split("|".join(f"({mark})" for mark in given), text)
+        prompt = [given.get(piece, Segment(Kind.TEMPLATE, piece)) for piece in pieces if piece]
+        return [*prompt, *reply(transcript)]
 
-    def end_token(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """What the template puts right behind a reply."""
+    def end_token(self, tokenizer: Any) -> int:
+        """The first special token that the template puts behind a reply."""
         tail = self._render(tokenizer, with_reply=True).partition(REPLY_MARK)[2]
-        ids = tokenizer.encode(tail, add_special_tokens=False)
-        if not ids:
-            return super().end_token(tokenizer)
-        return int(ids[0])
+        special = special_tokens(tokenizer)
+        for token in template_tokens(tokenizer, tail):
+            if token in special:
+                return token
+        return super().end_token(tokenizer)
 
-    def _render(self, tokenizer: PreTrainedTokenizerBase, with_reply: bool) -> str:
+    def _render(self, tokenizer: Any, with_reply: bool) -> str:
+        """The conversation with marks, up to the reply, or with one and what follows it."""
         if not tokenizer.chat_template:
             raise IsthmusError(
                 f"prompt: the tokenizer of {tokenizer.name_or_path} has no chat template. Use "
                 "`template: paper`, or a chat model."
             )
-        turns = [{"role": "system", "content": self.system}] if self.system else []
-        turns.append({"role": "user", "content": f"{AUDIO_MARK}\n{USER_MARK}"})
+        turns = [{"role": "system", "content": SYSTEM_MARK}] if self.system else []
+        turns.append({"role": "user", "content": f"{AUDIO_MARK}\n{INSTRUCTION_MARK}"})
         if with_reply:
             turns.append({"role": "assistant", "content": REPLY_MARK})
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=not with_reply
-        )
-        assert isinstance(text, str)
-        for mark in (AUDIO_MARK, USER_MARK, *([REPLY_MARK] if with_reply else [])):
+        try:
+            text = str(
+                tokenizer.apply_chat_template(
+                    turns, tokenize=False, add_generation_prompt=not with_reply
+                )
+            )
+        except TemplateError as error:
+            raise IsthmusError(
+                f"prompt: the chat template of {tokenizer.name_or_path} refuses the conversation: "
+                f"{error}.{' Leave out prompt.system.' if self.system else ''}"
+            ) from error
+        given = [SYSTEM_MARK] * bool(self.system) + [AUDIO_MARK, INSTRUCTION_MARK]
+        for mark in given + [REPLY_MARK] * with_reply:
             if text.count(mark) != 1:
                 raise IsthmusError(
-                    f"prompt: the chat template of {tokenizer.name_or_path} does not print the "
-                    f"user's text once as it is ({mark} comes {text.count(mark)} times)."
+                    f"prompt: the chat template of {tokenizer.name_or_path} prints the "
+                    f"{mark.strip('<>')} {text.count(mark)} times, not once. Use another template, "
+                    "such as `template: paper`."
                 )
         return text
 
@@ -175,12 +175,11 @@ class Piece:
     loss: bool
 
 
-def tokenise(
-    prompt: Prompt, tokenizer: PreTrainedTokenizerBase, transcript: str | None = None
-) -> list[Piece]:
+def tokenise(prompt: Prompt, tokenizer: Any, transcript: str | None = None) -> list[Piece]:
     """Token ids piece by piece: only the template's own text may become special tokens."""
     pieces = []
     for segment in prompt.segments(tokenizer, transcript):
+        tokens: list[int] | None
         match segment.kind:
             case Kind.AUDIO:
                 tokens = None
@@ -189,20 +188,32 @@ def tokenise(
             case Kind.END:
                 tokens = [prompt.end_token(tokenizer)]
             case Kind.TEMPLATE:
-                tokens = tokenizer.encode(segment.text, add_special_tokens=False)
+                tokens = template_tokens(tokenizer, segment.text)
             case Kind.TEXT:
                 tokens = plain_tokens(tokenizer, segment.text)
         pieces.append(Piece(tokens, segment.loss))
     return pieces
 
 
-def plain_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def template_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of trusted text, which may name special tokens."""
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     """Tokens of text that is not trusted: the names of special tokens are spelt out."""
-    tokens = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    special = set(tokenizer.all_special_ids) & set(tokens)
-    unknown = {tokenizer.unk_token_id}
-    if special - unknown:
+    tokens = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+    special = set(tokens) & special_tokens(tokenizer) - {tokenizer.unk_token_id}
+    if special:
+        names = tokenizer.convert_ids_to_tokens(sorted(special))
         raise IsthmusError(
-            f"The text {text!r} holds the special token {tokenizer.convert_ids_to_tokens(min(special))!r}."
+            f"The tokenizer of {tokenizer.name_or_path} reads special tokens ({', '.join(names)}) "
+            f"in {text!r}. Take them out of the text."
         )
-    return list(tokens)
+    return tokens
+
+
+def special_tokens(tokenizer: Any) -> set[int]:
+    """Ids of the tokens that steer the model, also those without a role such as eos."""
+    added = tokenizer.added_tokens_decoder.items()
+    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}

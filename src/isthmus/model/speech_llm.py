@@ -1,6 +1,7 @@
 """The whole: encoder, projector and language model, joined by the prompt.
 
-Shapes: B batch, S samples, T encoder frames, A audio embeddings, L positions, E LLM width, V tokens.
+Shapes: B batch, S samples, T encoder frames, A audio embeddings, L positions, K positions with
+loss, E LLM width, V tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -45,9 +46,11 @@ class SpeechLLM(nn.Module):
         self.projector = projector
         self.llm = llm
         self.prompt = prompt
-        self.tune = {"encoder": "frozen", "llm": "frozen", **(tune or {})}
+        self.tune: dict[str, Tune] = {"encoder": "frozen", "llm": "frozen", **(tune or {})}
         for part in self.frozen_parts():
             freeze(part)
+        for parameter in self.trainable().values():
+            parameter.data = parameter.data.float()  # small steps get lost in half precision
         self.end_token = prompt.end_token(llm.tokenizer)
 
     def frozen_parts(self) -> list[nn.Module]:
@@ -66,12 +69,12 @@ class SpeechLLM(nn.Module):
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
     def trained_state(self) -> dict[str, Tensor]:
-        """All that training changes: trainable parameters, and statistics of parts trained whole."""
+        """All that training changes: parameters, and the statistics of an encoder trained whole."""
         trained: dict[str, Tensor] = dict(self.trainable())
         if self.tune["encoder"] == "full":
-            persistent = self.encoder.state_dict().keys()
-            buffers = dict(self.encoder.named_buffers(prefix="encoder"))
-            trained |= {k: v for k, v in buffers.items() if k.removeprefix("encoder.") in persistent}
+            stored = self.state_dict().keys()
+            buffers = self.encoder.named_buffers(prefix="encoder")
+            trained |= {name: value for name, value in buffers if name in stored}
         return trained
 
     def audio_tokens(self, seconds: float) -> int:
@@ -86,36 +89,41 @@ class SpeechLLM(nn.Module):
         return [row[:length] for row, length in zip(embeddings, lengths.tolist(), strict=True)]
 
     def sequence(self, audio: Tensor, transcript: str | None = None) -> tuple[Tensor, Tensor]:
-        """One utterance's embeddings (L, E) and labels (L,); without transcript the decoding prompt."""
+        """One utterance's embeddings (L, E) and labels (L,) from its audio embeddings (A, E).
+
+        Without a transcript it is the decoding prompt.
+        """
         embeddings, labels = [], []
         for piece in tokenise(self.prompt, self.llm.tokenizer, transcript):
-            if piece.tokens is None:
-                embeddings.append(audio)
-                labels.append(torch.full((len(audio),), IGNORE, device=audio.device))
-            elif piece.tokens:
-                tokens = torch.tensor(piece.tokens, device=audio.device)
-                embeddings.append(self.llm.embed(tokens).to(audio.dtype))
-                labels.append(tokens if piece.loss else torch.full_like(tokens, IGNORE))
-        return torch.cat(embeddings), torch.cat(labels)
+            ids = [IGNORE] * len(audio) if piece.tokens is None else piece.tokens
+            tokens = torch.tensor(ids, dtype=torch.long, device=audio.device)
+            embeddings.append(audio if piece.tokens is None else self.llm.embed(tokens))
+            labels.append(tokens if piece.loss else torch.full_like(tokens, IGNORE))
+        dtype = self.llm.dtype
+        return torch.cat([part.to(dtype) for part in embeddings]), torch.cat(labels)
 
     def sequences(self, audio: Sequence[Tensor], transcripts: Sequence[str]) -> Sequences:
-        """Training sequences of a batch."""
+        """Training sequences of a batch.
+
+        Raises IsthmusError for a sequence longer than the language model takes.
+        """
         built = [self.sequence(a, text) for a, text in zip(audio, transcripts, strict=True)]
-        longest = max(len(labels) for _, labels in built)
+        lengths = [len(labels) for _, labels in built]
+        longest = max(lengths)
         limit = self.llm.max_tokens
         if limit is not None and longest > limit:
-            worst = max(transcripts, key=len)
+            transcript = transcripts[lengths.index(longest)]
             raise IsthmusError(
-                f"A training sequence has {longest} positions, the language model takes {limit}. Set "
-                f"data.max_seconds lower, or leave out long transcripts such as {worst[:60]!r}…"
+                f"A training sequence has {longest} positions, the language model takes {limit}. "
+                "Lower data.max_seconds, or leave out the utterance with the transcript "
+                f"{transcript[:60]!r} ({len(transcript)} letters)."
             )
         pad = nn.utils.rnn.pad_sequence
-        lengths = torch.tensor([len(labels) for _, labels in built], device=audio[0].device)
-        return Sequences(
-            pad([embeddings for embeddings, _ in built], batch_first=True),
-            (torch.arange(longest, device=lengths.device) < lengths[:, None]).long(),
-            pad([labels for _, labels in built], batch_first=True, padding_value=IGNORE),
-        )
+        labels = pad([row for _, row in built], batch_first=True, padding_value=IGNORE)
+        positions = torch.arange(longest, device=labels.device)
+        mask = positions < torch.tensor(lengths, device=labels.device)[:, None]
+        embeddings = pad([row for row, _ in built], batch_first=True)
+        return Sequences(embeddings, mask.long(), labels)
 
     def loss(
         self, waveforms: Tensor, num_samples: Tensor, transcripts: Sequence[str]
@@ -124,8 +132,7 @@ class SpeechLLM(nn.Module):
         batch = self.sequences(self.embed_audio(waveforms, num_samples), transcripts)
         targets = batch.labels[:, 1:]  # position n predicts token n + 1
         keep = (targets != IGNORE).any(dim=0).nonzero()[:, 0]  # (K,)
-        dtype = self.llm.embed(targets.new_zeros(1)).dtype
-        logits = self.llm.logits(batch.embeddings.to(dtype), batch.mask, keep)  # (B, K, V)
+        logits = self.llm.logits(batch.embeddings, batch.mask, keep)  # (B, K, V)
         targets = targets[:, keep]
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"

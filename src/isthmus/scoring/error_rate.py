@@ -225,11 +225,9 @@ class SetScores:
     pooled: Score
 
     def to_dict(self) -> dict[str, Any]:
-        """`sets`: the figures by name; `pooled`: the figures of all utterances together."""
-        return {
-            "sets": {name: score.to_dict() for name, score in self.sets.items()},
-            "pooled": self.pooled.to_dict(),
-        }
+        """The figures of all utterances together, and under `sets` those of each by name."""
+        sets = {name: score.to_dict() for name, score in self.sets.items()}
+        return self.pooled.to_dict() | {"sets": sets}
 
 
 def score(

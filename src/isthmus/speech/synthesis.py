@@ -11,7 +11,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,7 @@ import soundfile
 import soxr
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.speech.sentences import sentence
 
 Augmenter = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
@@ -80,7 +81,7 @@ def random_voice(rng: np.random.Generator, held_out: bool = False) -> Voice:
     variants = HELD_OUT_VARIANTS if held_out else VARIANTS
     return Voice(
         name=f"{ACCENTS[rng.integers(len(ACCENTS))]}+{variants[rng.integers(len(variants))]}",
-        rate=int(rng.integers(110, 261)),
+        rate=int(rng.integers(95, 191)),
         pitch=int(rng.integers(15, 86)),
         pitch_range=int(rng.integers(20, 86)),
         word_gap=int(rng.choice([0, 0, 0, 0, 1, 2, 4])),
@@ -257,6 +258,11 @@ def _timings(
         Word(word, round(float(start), 3), round(float(end), 3))
         for word, start, end in zip(words, edges, edges[1:], strict=False)
     ]
+
+
+def draw_texts(count: int, seed: int, domains: Mapping[str, float] | None = None) -> list[str]:
+    """Texts to speak; text i depends on (seed, i, domains) alone."""
+    return [sentence(np.random.default_rng([seed, i]), domains) for i in range(count)]
 
 
 def synthesise_corpus(

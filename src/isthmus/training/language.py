@@ -106,9 +106,9 @@ class LanguageTask:
         length = max(len(tokens) for tokens, _ in examples)
         tokens = torch.full((len(examples), length), int(self.module.tokenizer.pad_token_id))
         labels = torch.full((len(examples), length), IGNORE)
-        for row, (ids, targets) in enumerate(examples):
+        for row, (ids, wanted) in enumerate(examples):
             tokens[row, : len(ids)] = torch.tensor(ids)
-            labels[row, : len(ids)] = torch.tensor(targets)
+            labels[row, : len(ids)] = torch.tensor(wanted)
         embeddings = self.module.embed(tokens)  # (B, L, E)
         if noise:  # NEFTune (arXiv 2310.05914): what the projector says will not be letters exactly
             scale = noise / (length * embeddings.shape[2]) ** 0.5

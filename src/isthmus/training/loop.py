@@ -37,7 +37,9 @@ class Loss:
 class Task(Protocol):
     """What can be trained: a module, its batches, its loss."""
 
-    module: nn.Module
+    @property
+    def module(self) -> nn.Module:
+        """What is put into training and evaluation mode."""
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The parameters that the optimiser moves, by name."""

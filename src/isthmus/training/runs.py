@@ -44,7 +44,7 @@ VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lh
 def open_run(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool = False) -> bool:
     """Make the run folder, or take up an existing one; returns whether a run is to go on.
 
-    Raises IsthmusError when the folder holds another run, or a run that was not to be resumed.
+    Raises IsthmusError when the folder holds another run, or one that was not to be resumed.
     """
     stored = folder / RECIPE
     text = dump_recipe(recipe)
@@ -52,8 +52,8 @@ def open_run(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool 
         if stored.read_text(encoding="utf-8") != text:
             changed = _differences(stored.read_text(encoding="utf-8"), text)
             raise IsthmusError(
-                f"{folder} was trained with another recipe; {changed}. Resume with the recipe of the "
-                "run, or train into a new folder."
+                f"{folder} was trained with another recipe; {changed}. Resume with the recipe of "
+                "the run, or train into a new folder."
             )
         return True
     if stored.exists() and not overwrite:
@@ -86,7 +86,7 @@ def load_data(
     limit = min(data.max_seconds, max_seconds or data.max_seconds)
     cuts: list[Cut] = []
     for entry in corpora:
-        corpus = Corpus(path=entry) if isinstance(entry, str) else entry
+        corpus = Corpus(path=entry, repeat=1) if isinstance(entry, str) else entry
         good, _ = usable(
             read_corpus(corpus.path), max_bad_fraction=data.max_bad_fraction, max_seconds=limit
         )

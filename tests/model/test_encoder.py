@@ -1,0 +1,205 @@
+"""The contract of encoders, over all of them."""
+
+import random
+import shutil
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
+
+from isthmus.errors import IsthmusError
+from isthmus.model.encoder import (
+    ConformerEncoder,
+    Encoder,
+    EncoderSettings,
+    FBankEncoder,
+    ParakeetEncoder,
+    SelfSupervisedEncoder,
+    WhisperEncoder,
+    WhisperSettings,
+)
+from isthmus.speech.audio import SAMPLE_RATE
+
+Waves = Callable[..., Tensor]
+FRAME_RATES = {"fbank": 100.0, "conformer": 25.0, "parakeet": 12.5}  # the others have 50
+LENGTHS = [1, 2, 159, 160, 161, 319, 320, 321, 399, 400, 401, 639, 640, 641, 719, 720, 721, 100_001]
+
+
+def encode(encoder: Encoder, *waveforms: Tensor, padding: float = 0.0) -> list[Tensor]:
+    """Frames (T, D) of each waveform, in one batch; `padding` is the scale of what is behind."""
+    num_samples = torch.tensor([len(waveform) for waveform in waveforms])
+    batch = padding * torch.randn(len(waveforms), int(num_samples.max()))
+    for row, waveform in zip(batch, waveforms, strict=True):
+        row[: len(waveform)] = waveform
+    with torch.no_grad():
+        frames, num_frames = encoder(batch, num_samples)
+    return [row[:length] for row, length in zip(frames, num_frames.tolist(), strict=True)]
+
+
+def test_every_encoder_is_tested(
+    encoder_names: list[str], encoder_settings: Callable[[str], Any]
+) -> None:
+    tested = {encoder_settings(name).type for name in encoder_names}
+    known = set()
+    for settings in typing.get_args(EncoderSettings):
+        known |= set(typing.get_args(settings.model_fields["type"].annotation))
+    assert tested == known
+
+
+def test_states_its_frames(encoder: Encoder, encoder_name: str, waves: Waves) -> None:
+    assert encoder.dim == (80 if encoder_name == "fbank" else 16)
+    assert encoder.frame_rate == FRAME_RATES.get(encoder_name, 50.0)
+    (frames,) = encode(encoder, waves(SAMPLE_RATE * 2))
+    assert frames.shape[1] == encoder.dim
+    assert len(frames) == pytest.approx(2 * encoder.frame_rate, abs=0.25 * encoder.frame_rate)
+
+
+def test_output_length_is_the_real_one(encoder: Encoder, waves: Waves) -> None:
+    draw = random.Random(0)
+    lengths = LENGTHS + [draw.randint(1600, 3 * SAMPLE_RATE) for _ in range(20)]
+    for num_samples in lengths:
+        with torch.no_grad():
+            frames, num_frames = encoder(waves(num_samples)[None], torch.tensor([num_samples]))
+        assert num_frames.tolist() == [encoder.output_length(num_samples)]
+        assert frames.shape[1] - int(num_frames) in (0, 1)  # Parakeet: a frame of its FFT's padding
+        assert frames[:, :num_frames].isfinite().all()
+
+
+@pytest.mark.parametrize("padding", [0.0, 10.0])
+def test_padding_is_invisible(encoder: Encoder, waves: Waves, padding: float) -> None:
+    torch.manual_seed(1)
+    utterances = [waves(n, seed=n) for n in (1, 300, 1600, 7777, 12000, 26001, 48000)]
+    together = encode(encoder, *utterances, padding=padding)
+    for utterance, frames in zip(utterances, together, strict=True):
+        (alone,) = encode(encoder, utterance)
+        assert len(frames) == len(alone)
+        torch.testing.assert_close(frames, alone, atol=1e-4, rtol=0)
+
+
+def test_encodes_what_is_said(encoder: Encoder, waves: Waves) -> None:
+    one, other = encode(encoder, waves(16000, seed=1), waves(16000, seed=2))
+    assert (one - other).abs().mean() > 0.01
+
+
+def test_autocast_leaves_frames_about_the_same(encoder: Encoder, waves: Waves) -> None:
+    utterance = waves(16000)
+    (exact,) = encode(encoder, utterance)
+    with torch.autocast("cpu", torch.bfloat16):
+        (rough,) = encode(encoder, utterance)
+    difference = (rough.float() - exact).square().mean().sqrt()
+    assert difference < (0.05 if encoder.frame_rate < 100 else 1e-6) * exact.square().mean().sqrt()
+
+
+def reference(encoder: Encoder, folder: Path, waveform: Tensor) -> Tensor:
+    """Frames (T, D) the way transformers makes them from `folder`."""
+    match encoder:
+        case WhisperEncoder():
+            mel = AutoFeatureExtractor.from_pretrained(folder)(
+                waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+            )
+            network = AutoModel.from_pretrained(folder).encoder
+            frames = network(mel["input_features"]).last_hidden_state[0]
+            return frames[: encoder.output_length(len(waveform))]
+        case SelfSupervisedEncoder():
+            values = AutoFeatureExtractor.from_pretrained(folder)(
+                waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+            )
+            return AutoModel.from_pretrained(folder)(values["input_values"]).last_hidden_state[0]
+        case ParakeetEncoder():
+            inputs = AutoFeatureExtractor.from_pretrained(folder)(
+                waveform.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="pt"
+            )
+            output = AutoModelForCTC.from_pretrained(folder).encoder(**inputs)
+            return output.last_hidden_state[0, : output.attention_mask.sum()]
+        case ConformerEncoder():
+            features, _ = encoder.ctc.log_mel(waveform[None], torch.tensor([len(waveform)]))
+            network = AutoModelForCTC.from_pretrained(folder).encoder
+            return network(features).last_hidden_state[0]
+        case _:
+            raise AssertionError(encoder)
+
+
+@torch.no_grad()
+def test_frames_are_those_of_transformers(
+    encoder: Encoder, encoder_name: str, model_folder: Callable[[str], Path], waves: Waves
+) -> None:
+    if isinstance(encoder, FBankEncoder):
+        pytest.skip("no network")
+    unpadded = encoder_name == "whisper-unpadded"  # transformers only takes 30 s
+    waveform = waves(30 * SAMPLE_RATE if unpadded else 30_000)
+    expected = reference(encoder, model_folder(encoder_name), waveform)
+    (frames,) = encode(encoder, waveform)
+    torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
+@pytest.mark.parametrize("pad_to_30s", [True, False])
+def test_whisper_takes_30_seconds(
+    model_folder: Callable[[str], Path], waves: Waves, pad_to_30s: bool
+) -> None:
+    whisper = WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=pad_to_30s).build()
+    assert whisper.max_seconds == 30.0
+    longest = 30 * SAMPLE_RATE
+    (frames,) = encode(whisper, waves(longest))
+    assert len(frames) == 1500
+    with pytest.raises(IsthmusError, match=r"30\.00 s is longer than the 30 s .* Cut it"):
+        encode(whisper, waves(1600), waves(longest + 1))
+
+
+def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> None:
+    with pytest.warns(UserWarning, match="pad_to_30s"):
+        WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=False).build()
+
+
+def test_only_the_conformer_can_spell(encoder: Encoder, encoder_name: str) -> None:
+    assert (encoder.ctc is not None) == (encoder_name == "conformer")
+
+
+def test_the_folder_must_hold_the_type(
+    model_folder: Callable[[str], Path], encoder_settings: Callable[[str], Any]
+) -> None:
+    for name, folder in (("whisper", "wavlm-group"), ("hubert-group", "wavlm-group")):
+        settings = encoder_settings(name).model_copy(update={"path": str(model_folder(folder))})
+        with pytest.raises(IsthmusError, match=r"'wavlm' model.*Correct encoder.type"):
+            settings.build()
+
+
+def test_folder_without_front_end(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("whisper"), folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(IsthmusError, match="cannot be loaded"):
+        WhisperSettings(path=str(folder)).build()
+
+
+@pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
+def test_missing_weights_are_not_made_up(
+    encoder_name: str, encoder_settings: Callable[[str], Any], tmp_path: Path
+) -> None:
+    settings = encoder_settings(encoder_name)
+    if not hasattr(settings, "path"):
+        pytest.skip("no weights")
+    folder = tmp_path / "model"
+    shutil.copytree(settings.path, folder)
+    weights = load_file(folder / "model.safetensors")
+    lost = next(name for name in sorted(weights) if "layers.1" in name)
+    del weights[lost]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = settings.model_copy(update={"path": str(folder)})
+    with pytest.raises(IsthmusError, match=r"lacks 1 weights of .*layers\.1"):
+        changed.build()
+
+
+def test_damaged_weights(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(model_folder("whisper"), folder)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(IsthmusError, match="cannot be loaded"):
+        WhisperSettings(path=str(folder)).build()

@@ -1,0 +1,109 @@
+"""Where a model's files come from, and what is refused."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+
+from isthmus.errors import IsthmusError
+from isthmus.model.parts import READ_FILES, SHIPPED, freeze, resolve, sha256, source
+
+
+def test_a_folder_is_taken_as_it_is(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    assert resolve(str(folder)) == folder
+
+
+def test_home_is_expanded(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = model_folder("llama")
+    monkeypatch.setenv("HOME", str(folder.parent))
+    assert resolve(f"~/{folder.name}") == folder
+
+
+def test_no_such_folder() -> None:
+    with pytest.raises(IsthmusError, match=r"\./nowhere: no such folder"):
+        resolve("./nowhere")
+
+
+def test_unknown_shipped_name() -> None:
+    with pytest.raises(IsthmusError, match=r"Did you mean 'isthmus/tiny-llama'\?.* Shipped: "):
+        resolve("isthmus/tiny-lama")
+    assert "isthmus/tiny-llama" in SHIPPED
+
+
+def test_folder_without_configuration(tmp_path: Path) -> None:
+    with pytest.raises(IsthmusError, match=r"has no config\.json.*save_pretrained"):
+        resolve(str(tmp_path))
+
+
+def test_folder_without_weights(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(IsthmusError, match=r"no safetensors weights.*save_pretrained"):
+        resolve(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "last.ckpt"])
+def test_pickles_are_not_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    torch.save({}, tmp_path / name)
+    with pytest.raises(IsthmusError, match=f"It has {name}, but pickles can run code.*Load it"):
+        resolve(str(tmp_path))
+    assert not any(Path(name).match(pattern) for pattern in READ_FILES)
+
+
+def test_a_hub_name_is_downloaded(
+    model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.append((name, revision, allow_patterns))
+        return str(model_folder("llama"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve("someone/some-llm", "v2") == model_folder("llama")
+    assert asked == [("someone/some-llm", "v2", READ_FILES)]
+
+
+def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        raise ConnectionError("no route\nto anywhere")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(IsthmusError, match=r"someone/some-llm at revision 'v2'.*no route\)"):
+        resolve("someone/some-llm", "v2")
+
+
+def test_source_records_checksums(model_folder: Callable[[str], Path]) -> None:
+    folder = model_folder("llama")
+    weights = (folder / "model.safetensors").read_bytes()
+    found = source(str(folder))
+    assert found.commit is None
+    assert found.sha256 == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+    assert found.to_dict() == {"name": str(folder), "commit": None, "sha256": found.sha256}
+
+
+def test_source_knows_the_commit(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    commit = "0123456789" * 4
+    (tmp_path / commit).symlink_to(model_folder("llama"))
+    assert source(str(tmp_path / commit)).commit == commit
+
+
+def test_the_hub_cache_knows_its_checksums(tmp_path: Path) -> None:
+    blob = tmp_path / hashlib.sha256(b"weights").hexdigest()
+    blob.write_bytes(b"not read again")
+    os.symlink(blob, tmp_path / "model.safetensors")
+    assert sha256(tmp_path / "model.safetensors") == blob.name
+
+
+def test_freeze() -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    freeze(module)
+    assert not any(parameter.requires_grad for parameter in module.parameters())
+    assert not any(part.training for part in module.modules())
