@@ -1,6 +1,7 @@
 """The command line: parsing and dispatch; a verb imports what it needs when it is called."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -339,6 +340,8 @@ def schema(
 
 def main() -> None:
     """Entry point: faults of input are one line on standard error, not a traceback."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("isthmus").setLevel(logging.INFO)
     try:
         app()
     except (IsthmusError, FileExistsError, ModuleNotFoundError, OSError) as error:

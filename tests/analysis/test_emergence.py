@@ -84,6 +84,12 @@ def test_no_jump_is_seen_in(curve: Curve, deviation: float) -> None:
     assert [find(noisy(curve, deviation, seed)) for seed in range(10)] == [None] * 10
 
 
+@pytest.mark.parametrize("name", ["flat", "line", "square", "levelling off"])
+def test_false_alarms_are_rare(name: str) -> None:
+    curve = STEADY[name][::2]
+    assert sum(find(noisy(curve, 0.1, seed)) is not None for seed in range(100)) <= 1
+
+
 def test_the_same_curve_without_its_jump_has_none() -> None:
     """The inverse: what was found is the jump, not something else about these curves."""
     for curve, at, low, high in JUMPS.values():

@@ -28,7 +28,29 @@ from isthmus.speech.audio import SAMPLE_RATE
 
 Waves = Callable[..., Tensor]
 FRAME_RATES = {"fbank": 100.0, "conformer": 25.0, "parakeet": 12.5}  # the others have 50
-LENGTHS = [1, 2, 159, 160, 161, 319, 320, 321, 399, 400, 401, 639, 640, 641, 719, 720, 721, 100_001]
+LENGTHS = [
+    1,
+    2,
+    159,
+    160,
+    161,
+    319,
+    320,
+    321,
+    399,
+    400,
+    401,
+    479,
+    480,
+    481,
+    639,
+    640,
+    641,
+    719,
+    720,
+    721,
+    100_001,
+]
 
 
 def encode(encoder: Encoder, *waveforms: Tensor, padding: float = 0.0) -> list[Tensor]:

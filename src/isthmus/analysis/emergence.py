@@ -4,10 +4,10 @@ SLAM-ASR (arXiv 2402.08846, figures 2 to 4) saw accuracy stay on a plateau, wher
 knows language but does not listen, and then rise within few steps to another.
 
 What counts as a jump. Over five neighbouring blocks of m points each, called far, near, rise, next
-and last (the points are taken as evenly spaced; single outliers are removed by a median of three),
-with E the standard error of the difference of two blocks' means:
+and last (the points are taken as evenly spaced), with E the standard error of the difference of two
+blocks' means:
 
-1. the mean of `next` lies at least `min_rise`, and at least 10 E, above the highest mean of any
+1. the mean of `next` lies at least `min_rise`, and at least 8 E, above the highest mean of any
    block before `rise` (so the return from a collapse is no jump);
 2. that rise is at least a third of what the curve spans, from its lowest block to its highest;
 3. the curve is flat before and after: near differs from far, and last from next, by at most 0.3 of
@@ -17,7 +17,7 @@ with E the standard error of the difference of two blocks' means:
 
 All positions and all m from 2 to a fifth of the curve are tried: a jump is fast when compared with
 the plateau before it, whatever its length. Of all that qualify the surest counts: the largest rise
-less 10 E. The noise behind E comes from the differences of neighbouring points.
+less 8 E. The noise behind E comes from the differences of neighbouring points.
 """
 
 import itertools
@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 Curve = NDArray[np.float64]
 
 MIN_RISE = 0.1  # absolute accuracy
-SURE = 10.0  # standard errors; no jump in noise alone, however many places are tried
+SURE = 8.0  # standard errors; no jump in noise alone, however many places are tried
 SHARE = 1 / 3  # of the curve's span
 FLAT = 0.3  # of the rise
 SHORTEST = 2  # points of a block
@@ -63,8 +63,7 @@ def find_emergence(
     if len(curve) < 5 * SHORTEST:
         return None
     noise = _noise(curve)
-    smooth = _median_of_three(curve)
-    found = max(_candidates(smooth, noise, min_rise), default=None)
+    found = max(_candidates(curve, noise, min_rise), default=None)
     if found is None:
         return None
     _, start, size = found
@@ -150,12 +149,6 @@ def _noise(curve: Curve) -> float:
     """Standard deviation around the trend, unmoved by the jump itself and by outliers."""
     # The difference of two normal deviates has a median size of 0.6745 * sqrt(2) deviations.
     return float(np.median(np.abs(np.diff(curve)))) / 0.9539
-
-
-def _median_of_three(curve: Curve) -> Curve:
-    ends = np.concatenate([curve[:1], curve, curve[-1:]])
-    middle: Curve = np.median(np.lib.stride_tricks.sliding_window_view(ends, 3), axis=1)
-    return middle
 
 
 def _split(curve: Curve) -> int:

@@ -90,13 +90,13 @@ def ctc_scores(
     encoder = transcriber.model.encoder
     if encoder.ctc is None:
         raise IsthmusError("This run's encoder has no CTC head, it cannot spell by itself.")
+    device = next(transcriber.model.parameters()).device
     texts: dict[str, tuple[Mapping[str, str], Mapping[str, str]]] = {}
     for name, cuts in load_sets(corpora, encoder.max_seconds, 0.01).items():
         hypotheses: dict[str, str] = {}
         for batch in _batches(cuts, transcriber.settings.batch_size):
-            waves = collate(
-                [cut.id for cut in batch], [load_cut(cut) for cut in batch], [""] * len(batch)
-            )
+            ids, waveforms = [cut.id for cut in batch], [load_cut(cut) for cut in batch]
+            waves = collate(ids, waveforms, [""] * len(batch)).to(device)
             with torch.inference_mode():
                 frames, lengths = encoder(waves.waveforms, waves.num_samples)
                 found = encoder.ctc.greedy(encoder.ctc.log_probs(frames), lengths)

@@ -110,5 +110,4 @@ def mel_filters(num_mels: int) -> Tensor:
     rising = (mel(bins)[:, None] - left) / (centre - left)
     falling = (right - mel(bins)[:, None]) / (right - centre)
     filters = torch.minimum(rising, falling).clamp_min(0.0)
-    filters[-1] = 0.0  # Kaldi leaves the Nyquist bin out
     return filters.float()

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import nn
@@ -121,6 +122,11 @@ def sha256(file: Path) -> str:
         return blob
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def choose_device() -> torch.device:
+    """The CUDA device this process should use if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def model_type(folder: Path) -> str:

@@ -77,6 +77,17 @@ class SpeechLLM(nn.Module):
             trained |= {name: value for name, value in buffers if name in stored}
         return trained
 
+    def summary(self) -> list[str]:
+        """A line a part: its parameters, how it is tuned, where it is."""
+        lines = []
+        for name, part in self.named_children():
+            sizes = [(value.numel(), value.requires_grad) for value in part.parameters()]
+            total, trained = sum(n for n, _ in sizes), sum(n for n, moved in sizes if moved)
+            lines.append(f"{name}: {total:,} parameters, {trained:,} of them trained")
+        device = next(self.parameters()).device
+        reason = "there is no GPU" if device.type == "cpu" else "the first GPU"
+        return [*lines, f"device: {device} ({reason})"]
+
     def audio_tokens(self, seconds: float) -> int:
         """Audio embeddings of an utterance that long."""
         frames = self.encoder.output_length(int(seconds * SAMPLE_RATE))

@@ -1,7 +1,7 @@
 """From utterances to batches: an epoch is a plan, a batch is a function of (epoch, indices)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -24,6 +24,11 @@ class Batch:
     waveforms: Tensor  # (B, S) float32, 16 kHz
     num_samples: Tensor  # (B,) int64
     texts: list[str]  # transcripts
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same batch, its tensors on `device`."""
+        waveforms, num_samples = self.waveforms.to(device), self.num_samples.to(device)
+        return replace(self, waveforms=waveforms, num_samples=num_samples)
 
     @property
     def seconds(self) -> float:

@@ -59,6 +59,7 @@ class CTCTask:
 
     def _loss(self, batch: Batch, rng: np.random.Generator | None) -> Loss:
         model = self.module
+        batch = batch.to(next(model.parameters()).device)
         features, num_features = model.features(batch.waveforms, batch.num_samples)
         if self.spec_augment is not None and rng is not None:
             features = self.spec_augment(features, num_features, rng)

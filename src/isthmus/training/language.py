@@ -109,14 +109,15 @@ class LanguageTask:
         for row, (ids, wanted) in enumerate(examples):
             tokens[row, : len(ids)] = torch.tensor(ids)
             labels[row, : len(ids)] = torch.tensor(wanted)
+        device = next(self.module.parameters()).device
+        tokens, labels = tokens.to(device), labels.to(device)
         embeddings = self.module.embed(tokens)  # (B, L, E)
         if noise:  # NEFTune (arXiv 2310.05914): what the projector says will not be letters exactly
             scale = noise / (length * embeddings.shape[2]) ** 0.5
             embeddings = embeddings + torch.empty_like(embeddings).uniform_(-scale, scale)
-        mask = (
-            torch.arange(length) < torch.tensor([len(ids) for ids, _ in examples])[:, None]
-        ).long()
-        keep = torch.arange(length - 1)
+        lengths = torch.tensor([len(ids) for ids, _ in examples], device=device)
+        mask = (torch.arange(length, device=device) < lengths[:, None]).long()
+        keep = torch.arange(length - 1, device=device)
         logits = self.module.logits(embeddings, mask, keep)  # (B, L - 1, V)
         targets = labels[:, 1:]
         total = nn.functional.cross_entropy(

@@ -47,8 +47,6 @@ class SpeechTask:
         return self._loss(self.dev.batch(groups))
 
     def _loss(self, batch: Batch) -> Loss:
-        device = next(self.module.projector.parameters()).device
-        total, units, correct = self.module.loss(
-            batch.waveforms.to(device), batch.num_samples.to(device), batch.texts
-        )
+        batch = batch.to(next(self.module.projector.parameters()).device)
+        total, units, correct = self.module.loss(batch.waveforms, batch.num_samples, batch.texts)
         return Loss(total, units, correct, batch.seconds)

@@ -1,114 +1,84 @@
 """Run folders, and the jobs that fill them."""
 
 import json
+import logging
 import platform
 import shutil
 import sys
-from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, write_atomic
 from isthmus.model.conformer import ConformerCTC, letter_tokenizer
 from isthmus.model.llm import CHAT_TEMPLATE, LLMSettings, character_tokenizer, save_llm
-from isthmus.model.parts import resolve
+from isthmus.model.parts import choose_device, resolve
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import (
-    Corpus,
     CTCRecipe,
-    DataSettings,
     Experiment,
     LanguageRecipe,
     Recipe,
     dump_recipe,
     load_recipe,
 )
-from isthmus.speech.corpora import read_corpus, usable
 from isthmus.training import checkpoint
-from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
+from isthmus.training.data import speech_data
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, OnStep, fit
 from isthmus.training.projector import SpeechTask
 
 RECIPE = "recipe.yaml"
 PARTS = "parts.json"
+log = logging.getLogger(__name__)
+
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
 
 
-def open_run(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool = False) -> bool:
-    """Make the run folder, or take up an existing one; returns whether a run is to go on.
-
-    Raises IsthmusError when the folder holds another run, or one that was not to be resumed.
-    """
+def check_folder(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raise IsthmusError when `folder` holds anything that the run must not touch."""
     stored = folder / RECIPE
-    text = dump_recipe(recipe)
-    if stored.exists() and resume:
-        if stored.read_text(encoding="utf-8") != text:
-            changed = _differences(stored.read_text(encoding="utf-8"), text)
+    if not stored.exists():
+        if folder.exists() and any(folder.iterdir()):
             raise IsthmusError(
-                f"{folder} was trained with another recipe; {changed}. Resume with the recipe of "
-                "the run, or train into a new folder."
+                f"{folder} exists, is not empty and is no run folder. Name another folder."
             )
-        return True
-    if stored.exists() and not overwrite:
+        if resume:
+            raise IsthmusError(f"{folder} holds no run to resume.")
+    elif resume:
+        before, now = stored.read_text(encoding="utf-8"), dump_recipe(recipe)
+        if before != now:
+            raise IsthmusError(
+                f"{folder} was trained with another recipe; {_differences(before, now)}. Resume "
+                "with the recipe of the run, or train into a new folder."
+            )
+    elif not overwrite:
         raise IsthmusError(
             f"{folder} holds a run already. Add --resume to go on, --overwrite to replace "
             "it, or name another folder with --output-dir."
         )
-    if folder.exists() and any(folder.iterdir()) and not stored.exists():
-        raise IsthmusError(
-            f"{folder} exists, is not empty and is no run folder. Name another folder."
-        )
+
+
+def open_run(recipe: Experiment, folder: Path, *, resume: bool) -> None:
+    """Make the run folder; a run that is not resumed is removed first (see check_folder)."""
     if resume:
-        raise IsthmusError(f"{folder} holds no run to resume.")
-    if stored.exists():
+        return
+    if folder.exists():
         shutil.rmtree(folder)
-    write_atomic(stored, text)
     environment = {name: version(name) for name in VERSIONS} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "command": sys.argv[1:],
     }
     write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    return False
-
-
-def load_data(
-    corpora: Sequence[Corpus | str], data: DataSettings, max_seconds: float | None = None
-) -> list[Cut]:
-    """Usable utterances of corpora, as often as each is repeated."""
-    limit = min(data.max_seconds, max_seconds or data.max_seconds)
-    cuts: list[Cut] = []
-    for entry in corpora:
-        corpus = Corpus(path=entry, repeat=1) if isinstance(entry, str) else entry
-        good, _ = usable(
-            read_corpus(corpus.path), max_bad_fraction=data.max_bad_fraction, max_seconds=limit
-        )
-        cuts += list(good) * corpus.repeat
-    return cuts
-
-
-def speech_data(
-    recipe: Experiment, max_seconds: float | None = None
-) -> tuple[SpeechData, SpeechData | None]:
-    """Training and validation data of a recipe."""
-    data = recipe.data
-    if not data.train:
-        raise IsthmusError("data.train is empty. Name a manifest or folder to train on.")
-    train = SpeechData(
-        load_data(data.train, data, max_seconds),
-        seed=recipe.seed,
-        augmentation=data.augment,
-        join=data.join,
-    )
-    dev = load_data(data.dev, data, max_seconds)
-    return train, SpeechData(dev) if dev else None
+    if isinstance(recipe, Recipe):
+        sources = {name: part.to_dict() for name, part in recipe.sources().items()}
+        write_atomic(folder / PARTS, json.dumps(sources, indent=2) + "\n")
+    write_atomic(folder / RECIPE, dump_recipe(recipe))
 
 
 def train(
@@ -119,14 +89,21 @@ def train(
     overwrite: bool = False,
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
-    """Train what a recipe does not freeze; `folder` is then a run to decode with."""
-    resumed = open_run(recipe, folder, resume=resume, overwrite=overwrite)
+    """Train what a recipe does not freeze; `folder` is then a run to decode with.
+
+    Nothing is written before the models and the data are loaded.
+    """
+    check_folder(recipe, folder, resume=resume, overwrite=overwrite)
+    if resume:
+        _compare_sources(recipe, folder)
     torch.manual_seed(recipe.seed)
-    model = recipe.build()
-    _record_sources(recipe, folder, resumed)
-    train_data, dev = speech_data(recipe, model.encoder.max_seconds)
+    model = recipe.build().to(choose_device())
+    for line in model.summary():
+        log.info(line)
+    train_data, dev = speech_data(recipe, model)
+    open_run(recipe, folder, resume=resume)
     task = SpeechTask(model, train_data, dev, recipe.train)
-    return fit(task, recipe.train, folder, resume=resumed, on_step=on_step)
+    return fit(task, recipe.train, folder, resume=resume, on_step=on_step)
 
 
 def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
@@ -147,15 +124,7 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     _compare_sources(recipe, folder)
     model = recipe.build()
     checkpoint.load_weights(folder / BEST, model.trained_state())
-    return model.eval(), recipe
-
-
-def _record_sources(recipe: Recipe, folder: Path, resumed: bool) -> None:
-    if resumed:
-        _compare_sources(recipe, folder)
-    else:
-        sources = {name: part.to_dict() for name, part in recipe.sources().items()}
-        write_atomic(folder / PARTS, json.dumps(sources, indent=2) + "\n")
+    return model.to(choose_device()).eval(), recipe
 
 
 def _compare_sources(recipe: Recipe, folder: Path) -> None:
@@ -179,18 +148,20 @@ def pretrain_ctc(
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a Conformer with CTC; `folder`/model is the encoder to name in a recipe."""
-    resumed = open_run(recipe, folder, resume=resume, overwrite=overwrite)
+    check_folder(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
-    train, dev = speech_data(recipe)
+    train_data, dev = speech_data(recipe)
     if recipe.start_from:
         model = ConformerCTC.load(resolve(recipe.start_from))
     else:
         units = letter_tokenizer(recipe.letters)
         model = ConformerCTC.initial(recipe.architecture, units, recipe.front_end)
-    task = CTCTask(model, train, dev, recipe.train, recipe.data.spec_augment)
-    progress = fit(task, recipe.train, folder, resume=resumed, on_step=on_step)
+    open_run(recipe, folder, resume=resume)
+    model.to(choose_device())
+    task = CTCTask(model, train_data, dev, recipe.train, recipe.data.spec_augment)
+    progress = fit(task, recipe.train, folder, resume=resume, on_step=on_step)
     checkpoint.load_weights(folder / BEST, task.state())
-    model.eval().save(folder / "model")
+    model.cpu().eval().save(folder / "model")
     return progress
 
 
@@ -203,7 +174,7 @@ def pretrain_lm(
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a small language model; `folder`/model is the LLM to name in a recipe."""
-    resumed = open_run(recipe, folder, resume=resume, overwrite=overwrite)
+    check_folder(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
     if recipe.start_from:
         llm = LLMSettings(path=recipe.start_from).build()
@@ -211,10 +182,12 @@ def pretrain_lm(
             llm.tokenizer.chat_template = CHAT_TEMPLATE
     else:
         llm = recipe.architecture.build(character_tokenizer(recipe.chat))
+    open_run(recipe, folder, resume=resume)
+    llm.to(choose_device())
     task = LanguageTask(llm, recipe)
-    progress = fit(task, recipe.train, folder, resume=resumed, on_step=on_step)
+    progress = fit(task, recipe.train, folder, resume=resume, on_step=on_step)
     checkpoint.load_weights(folder / BEST, task.state())
-    save_llm(llm.eval(), folder / "model")
+    save_llm(llm.cpu().eval(), folder / "model")
     return progress
 
 
