@@ -13,6 +13,9 @@ import yaml
 from safetensors.torch import load_file
 
 from isthmus.cli import main
+from isthmus.recipe import load_recipe
+from isthmus.training import loop
+from isthmus.training.runs import train
 
 TEXTS = ("go left", "stop", "one two", "yes")
 
@@ -118,8 +121,6 @@ def test_killed_in_mid_epoch_and_resumed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert isthmus("train", recipe, "train.steps=6", "-o", tmp_path / "whole")[0] == 0
-    from isthmus.training import loop
-
     step, calls = loop._step, []
 
     def dying(*arguments: Any) -> dict[str, Any]:
@@ -129,11 +130,9 @@ def test_killed_in_mid_epoch_and_resumed(
         return step(*arguments)
 
     monkeypatch.setattr(loop, "_step", dying)
+    killed = load_recipe(recipe, ["train.steps=6"])
     with pytest.raises(KeyboardInterrupt):
-        from isthmus.recipe import load_recipe
-        from isthmus.training.runs import train
-
-        train(load_recipe(recipe, ["train.steps=6"]), tmp_path / "killed")
+        train(killed, tmp_path / "killed")
     monkeypatch.setattr(loop, "_step", step)
     torch.manual_seed(1234)
     assert isthmus("train", recipe, "train.steps=6", "-o", tmp_path / "killed", "--resume")[0] == 0

@@ -87,10 +87,10 @@ def prose(page: Path) -> str:
 
 
 def command_lines() -> list[str]:
-    """Lines of shell blocks, `isthmus …` and `make …` in the text, and those atop the recipes."""
+    """Lines of shell blocks, `isthmus …` and the like in the text, and those atop the recipes."""
     lines = [line for block in blocks("sh") for line in block.text.splitlines()]
     for page in PAGES:
-        lines += re.findall(r"`((?:isthmus|make) [^`]+)`", prose(page))
+        lines += re.findall(r"`((?:isthmus|make|python) [^`]+)`", prose(page))
     for path in shipped_recipes().values():
         lines += re.findall(r"^# (?:Run:)? +(isthmus .+)$", path.read_text(encoding="utf-8"), re.M)
     return sorted({line.strip() for line in lines if line.strip()})
@@ -110,6 +110,8 @@ def check_command(line: str, recipe: Path) -> None:
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         for extras in re.findall(r"\.\[(.+?)\]", line):
             assert set(extras.split(",")) <= known["optional-dependencies"].keys()
+    elif program == "python":
+        assert (ROOT / words[0]).is_file()
     else:
         assert program in ("python3", "."), f"unknown program {program}"
 

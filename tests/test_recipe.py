@@ -41,7 +41,7 @@ def kind_of(path: Path) -> type[Recipe] | type[CTCRecipe] | type[LanguageRecipe]
 def test_every_shipped_recipe_is_valid(name: str) -> None:
     kind = kind_of(find_recipe(name))
     recipe = load_recipe(name, kind=kind)
-    assert f"# Run:    isthmus" in find_recipe(name).read_text()
+    assert "# Run:    isthmus" in find_recipe(name).read_text()
     assert recipe.name
 
 

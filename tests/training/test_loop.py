@@ -1,4 +1,4 @@
-"""The loop on a small task: exact resume, early stop, accumulation, and steps that are not finite."""
+"""The loop on a small task: exact resume, early stop, accumulation, steps that are not finite."""
 
 import json
 import math

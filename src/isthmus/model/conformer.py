@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings
-from isthmus.model.parts import PartSettings, load_network, loading
+from isthmus.model.parts import PartSettings, load_network, loading, save_half
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRONT_END_FILE = "front_end.json"
@@ -105,8 +105,8 @@ class ConformerCTC(nn.Module):
         return texts
 
     def save(self, folder: Path) -> None:
-        """Write the folder that `load` reads."""
-        self.network.save_pretrained(folder)
+        """Write the folder that `load` reads; weights in half precision, loaded as fp32 again."""
+        save_half(self.network, folder)
         self.tokenizer.save_pretrained(folder)
         front_end = self.log_mel.settings.model_dump(mode="json")
         (folder / FRONT_END_FILE).write_text(json.dumps(front_end, indent=2) + "\n")
@@ -116,8 +116,8 @@ class ConformerCTC(nn.Module):
         """A model written by `save`, in the precision it was written in."""
         if not (folder / FRONT_END_FILE).is_file():
             raise IsthmusError(
-                f"{folder} has no {FRONT_END_FILE}: not a Conformer written by `isthmus "
-                "pretrain-ctc`. For Parakeet models of the hub use `type: parakeet`."
+                f"{folder} has no {FRONT_END_FILE}: not a Conformer that `isthmus pretrain-ctc` "
+                "wrote."
             )
         try:
             front_end = LogMelSettings.model_validate_json((folder / FRONT_END_FILE).read_text())

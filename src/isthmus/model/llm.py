@@ -26,6 +26,7 @@ from isthmus.model.parts import (
     load_network,
     loading,
     resolve,
+    save_half,
 )
 
 
@@ -180,11 +181,7 @@ def character_tokenizer(chat: bool = False) -> PreTrainedTokenizerFast:
     return fast
 
 
-def save_llm(llm: LLM, folder: Path, dtype: torch.dtype = torch.float16) -> None:
-    """Write the weights in `dtype` and the tokenizer.
-
-    They are loaded in fp32 again: the configuration still says so.
-    """
-    weights = {name: value.to(dtype) for name, value in llm.network.state_dict().items()}
-    llm.network.save_pretrained(folder, state_dict=weights)
+def save_llm(llm: LLM, folder: Path) -> None:
+    """Write the folder that LLMSettings reads; weights in half precision, loaded as fp32 again."""
+    save_half(llm.network, folder)
     llm.tokenizer.save_pretrained(folder)

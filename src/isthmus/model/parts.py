@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, suggest
 
@@ -154,13 +155,30 @@ def load_network(auto: Any, folder: Path, path: str, dtype: str = "auto") -> Any
     return network
 
 
+def save_half(network: Any, folder: Path) -> None:
+    """Write a network that was trained here: stored in fp16, to be loaded in its own precision."""
+    half = {
+        name: value.half() if value.is_floating_point() else value
+        for name, value in network.state_dict().items()
+    }
+    network.save_pretrained(folder, state_dict=half)
+
+
 @contextmanager
 def loading(path: str) -> Iterator[None]:
-    """Turns what transformers says of a folder that cannot be loaded into an IsthmusError."""
+    """Turns what transformers says of a folder that cannot be loaded into an IsthmusError.
+
+    Its progress bars are off meanwhile: downloading is done, and reading takes seconds.
+    """
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise IsthmusError(f"{path} cannot be loaded: {error}") from error
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 def freeze(module: nn.Module) -> None:

@@ -1,0 +1,98 @@
+"""The tiny system that ships: it reads, it is small, and its parts are what their cards say."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from isthmus.decoding.transcriber import Transcriber, load
+from isthmus.model.parts import ASSETS, SHIPPED, resolve
+from isthmus.recipe import load_recipe
+from isthmus.speech.corpora import load_cut, read_corpus
+from isthmus.speech.synthesis import Voice, speak
+from isthmus.training.batches import transcript
+from isthmus.training.runs import load_run, train
+
+SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", Path(__file__).parents[2] / "shared/speech"))
+needs_speech = pytest.mark.skipif(
+    not (SPEECH / "en_digits/dev.jsonl").exists(),
+    reason=f"no real speech at {SPEECH}; set ISTHMUS_SPEECH",
+)
+
+
+@pytest.fixture(scope="module")
+def transcriber() -> Transcriber:
+    return load("default")
+
+
+def test_all_that_ships_is_at_most_16_megabytes() -> None:
+    weights = sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file())
+    assert weights < 16_000_000
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_model_has_weights_and_a_card(name: str) -> None:
+    folder = resolve(name)
+    assert (folder / "README.md").read_text().startswith("# ")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "float32"  # half precision is for storage only
+
+
+def test_synthetic_speech_is_read(transcriber: Transcriber) -> None:
+    for text in ("seven", "one two three", "can i have a small latte with milk"):
+        waveform, _ = speak(text, Voice("en-us", rate=140))
+        silence = np.zeros(4000, np.float32)
+        assert transcriber.transcribe(np.concatenate([silence, waveform, silence])).text == text
+
+
+@needs_speech
+def test_a_real_speaker_not_in_training_is_read(transcriber: Transcriber) -> None:
+    cuts = list(read_corpus(SPEECH / "en_digits/dev.jsonl"))[::5]
+    found = transcriber.transcribe_waveforms([load_cut(cut) for cut in cuts])
+    right = sum(t.text == transcript(cut) for t, cut in zip(found, cuts, strict=True))
+    assert right / len(cuts) >= 0.85
+
+
+def test_one_by_one_and_together_give_the_same_text() -> None:
+    rng = np.random.default_rng(0)
+    texts = ["five", "go left", "can i get a mocha with cream", "nine two one", "alexa", "tree"]
+    waveforms = [speak(text, Voice("en-gb", rate=150))[0] for text in texts]
+    waveforms.append(rng.normal(0, 0.01, 30000).astype(np.float32))  # not speech at all
+    single, batched = load("default", batch_size=1), load("default", batch_size=7)
+    alone = [t.text for t in single.transcribe_waveforms(waveforms)]
+    assert [t.text for t in batched.transcribe_waveforms(waveforms)] == alone
+    reversed_texts = batched.transcribe_waveforms(waveforms[::-1])
+    assert [t.text for t in reversed_texts][::-1] == alone
+
+
+def test_frozen_parts_are_in_no_checkpoint_and_unchanged_by_training(tmp_path: Path) -> None:
+    speech = tmp_path / "speech"
+    from isthmus.speech.synthesis import synthesise_corpus
+
+    synthesise_corpus(speech, ["one", "two three", "stop", "go"], seed=0)
+    changes = [f"data.train=['{speech}']", "train.steps=2", "train.batch_size=2"]
+    recipe = load_recipe("tiny/quickstart", [*changes, "train.max_duration=null"])
+    before = recipe.build()
+    train(recipe, tmp_path / "run")
+    model, _ = load_run(tmp_path / "run")
+    for name, value in model.state_dict().items():
+        same = torch.equal(value, before.state_dict()[name])
+        assert same != name.startswith("projector."), name
+
+
+def test_two_runs_of_one_seed_have_the_same_curve(tmp_path: Path) -> None:
+    from isthmus.speech.synthesis import synthesise_corpus
+
+    speech = tmp_path / "speech"
+    synthesise_corpus(speech, ["one", "two three", "stop", "go"], seed=0)
+    curves = []
+    for name in ("a", "b"):
+        recipe = load_recipe("tiny/quickstart", [f"data.train=['{speech}']", "train.steps=3"])
+        losses: list[float] = []
+        train(recipe, tmp_path / name, on_step=lambda m, losses=losses: losses.append(m["loss"]))  # type: ignore[misc]
+        curves.append(losses)
+    assert curves[0] == curves[1]
+    assert len(curves[0]) == 3
