@@ -163,7 +163,7 @@ def _report(
 def _parts(recipe: Recipe, model: SpeechLLM) -> list[Part]:
     """Sizes of the three parts, and what each hands on."""
     rate = model.encoder.frame_rate
-    embeddings = rate / recipe.projector.downsample_rate
+    embeddings = rate * model.projector.output_length(1000) / 1000
     rows = [
         (
             "Encoder",

@@ -13,12 +13,13 @@ from pathlib import Path
 from isthmus.analysis.alignment import Alignment, monotonicity
 from isthmus.analysis.emergence import Emergence
 from isthmus.analysis.figures import DASH, count_text, duration_html, interval_text, rate_text
-from isthmus.analysis.svg import MAX_POINTS, Series, heat_map, line_chart
+from isthmus.analysis.svg import Series, heat_map, line_chart, moving_mean
 from isthmus.scoring import Score, SetScores, score
 
 STYLE = Path(__file__).with_suffix(".css")
 # Even if a text slipped through unescaped, the browser would load nothing and run nothing.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+TREND = 30  # windows of the moving mean in a curve
 NOTHING = '<span class="none">nothing</span>'
 
 
@@ -191,6 +192,7 @@ def _curves(curves: Curves | None) -> str:
     if curves is None or not curves.steps:
         return ""
     found = curves.emergence
+    window = max(1, len(curves.steps) // TREND)
     drawn = [
         ("Next-token accuracy", curves.accuracy, curves.dev_accuracy, True),
         ("Loss, nats a token", curves.loss, curves.dev_loss, False),
@@ -198,7 +200,11 @@ def _curves(curves: Curves | None) -> str:
     figures = ""
     for title, train, dev, percent in drawn:
         mark = (found.step, f"step {found.step:,}" if percent else "") if found else None
-        series = [Series("train", curves.steps, train), Series("dev", curves.dev_steps, dev)]
+        series = [
+            Series("train", curves.steps, train),
+            Series("trend", curves.steps, moving_mean(train, window)),
+            Series("dev", curves.dev_steps, dev),
+        ]
         chart = line_chart(series, label=f"{title} by training step", percent=percent, mark=mark)
         figures += f"<figure><h3>{title}</h3>{chart}</figure>"
     text = "The accuracy shows no jump from one level to another."
@@ -207,12 +213,10 @@ def _curves(curves: Curves | None) -> str:
             f"At step {found.step:,} next-token accuracy jumped from {100 * found.before:.0f} % to "
             f"{100 * found.after:.0f} %: the sign that the language model began to listen."
         )
-    runs = len(curves.steps) / min(MAX_POINTS, len(curves.steps))
-    means = f", means over about {runs:.0f} steps" if runs >= 1.5 else ""
     dots = '<span class="dev">validation</span>' if curves.dev_steps else ""
     body = (
         f'<p>{text}</p><div class="pair">{figures}</div>'
-        f'<p class="chart-key"><span>training{means}</span> {dots}</p>'
+        f'<p class="chart-key"><span>training, mean of {window} steps</span> {dots}</p>'
     )
     return _section("Learning to listen", body)
 
@@ -284,7 +288,7 @@ def _alignments(alignments: Sequence[Alignment]) -> str:
         "their sound in the order in which they were spoken.</p>"
     )
     note = (
-        "Blank cells are at the median or below. Order is 1 where tokens find their audio "
+        "Only the highest quarter of the cells is drawn. Order is 1 where tokens find their audio "
         "perfectly in order, about 0 by chance."
     )
     body = f'{text}<div class="pair">{figures}</div>{_note(note)}'

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 MAX_POINTS = 400  # of a curve
 MAX_COLUMNS = 240  # of a heat map: more are averaged
 LEVELS = 12  # shades of a heat map
+BLANK = 0.75  # quantile of a heat map below which nothing is drawn
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 46, 14, 12, 40  # of a drawing and its margins, in px
 CHART_HEIGHT = 250
-SMALLEST_ROW, LARGEST_ROW = 7.0, 16.0  # height of a heat map's row
+SMALLEST_ROW, LARGEST_ROW = 4.5, 16.0  # height of a heat map's row
 ROWS_HEIGHT = 320.0  # that a heat map aims at
 LETTER = 6.2  # width of a letter of a token
 LONGEST_TOKEN = 14  # letters
@@ -22,7 +23,7 @@ LONGEST_TOKEN = 14  # letters
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: `kind` is a class of report.css, `train` or `dev`."""
+    """One curve: `kind` is a class of report.css, `train`, `trend` or `dev`."""
 
     kind: str
     steps: Sequence[float]
@@ -36,6 +37,16 @@ def downsample(
     count = max(1, min(limit, len(steps)))
     runs = np.array_split(np.array([steps, values], dtype=np.float64), count, axis=1)
     return [(float(run[0].mean()), float(run[1].mean())) for run in runs if run.size]
+
+
+def moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """Means (N,) over `window` neighbours (one more if it is even), fewer at the ends."""
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    places = np.arange(len(values))
+    first = np.maximum(places - window // 2, 0)
+    behind = np.minimum(places + window // 2 + 1, len(values))
+    means: list[float] = ((sums[behind] - sums[first]) / (behind - first)).tolist()
+    return means
 
 
 def ticks(low: float, high: float, about: int = 5) -> list[float]:
@@ -90,7 +101,7 @@ def line_chart(
 def heat_map(
     values: NDArray[np.floating], tokens: Sequence[str], seconds: float, *, label: str
 ) -> str:
-    """A matrix (A, L): time to the right, tokens downwards; blank is the median or less."""
+    """A matrix (A, L): time to the right, tokens downwards; the lowest three quarters are blank."""
     grid = _average_rows(np.asarray(values, dtype=np.float64)).T  # (L, columns)
     rows, columns = grid.shape
     row = min(LARGEST_ROW, max(SMALLEST_ROW, ROWS_HEIGHT / rows))
@@ -98,7 +109,7 @@ def heat_map(
     left = round(12 + LETTER * max(map(len, names)))
     bottom = TOP + row * rows
     cell = (WIDTH - left - RIGHT) / columns
-    low, high = float(np.median(grid)), float(grid.max())
+    low, high = float(np.quantile(grid, BLANK)), float(grid.max())
     shades = np.clip((grid - low) / (high - low if high > low else 1.0), 0.0, 1.0)
     parts = _cells(np.round(shades * LEVELS).astype(int), (left, TOP), (cell, row))
     parts.append(f'<path class="axis" d="M{left} {TOP}V{bottom:.1f}H{WIDTH - RIGHT}"/>')
