@@ -95,7 +95,7 @@ def test_large_maps_stay_small_and_legible() -> None:
     drawing = heat_map(matrix, ["extraordinarily"] * 120, 300.0, label="map")
     assert len(drawing) < 1_500_000
     names = re.findall(r'class="token"[^>]*>([^<]*)<', drawing)
-    assert len(names) == 60
+    assert len(names) == 40
     assert set(names) == {"extraordinari…"}
 
 

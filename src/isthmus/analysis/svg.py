@@ -113,7 +113,7 @@ def heat_map(
     shades = np.clip((grid - low) / (high - low if high > low else 1.0), 0.0, 1.0)
     parts = _cells(np.round(shades * LEVELS).astype(int), (left, TOP), (cell, row))
     parts.append(f'<path class="axis" d="M{left} {TOP}V{bottom:.1f}H{WIDTH - RIGHT}"/>')
-    every = math.ceil(9 / row)  # labels need 9 px
+    every = math.ceil(10 / row)  # labels need 10 px
     for number, name in enumerate(names):
         if number % every == 0:
             parts.append(_text(left - 6, TOP + row * (number + 0.5) + 3.5, name, "end", "token"))

@@ -4,12 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import overload
 
 import numpy as np
 import torch
 
-from isthmus.decoding.beam import Hypothesis, beam_search
+from isthmus.decoding.beam import FinishReason, Hypothesis, beam_search
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import ASSETS
 from isthmus.model.speech_llm import SpeechLLM
@@ -28,7 +28,7 @@ class Transcript:
 
     text: str
     score: float  # log-probability of the text divided by its length in tokens
-    finish_reason: Literal["stop", "length", "no_speech"]
+    finish_reason: FinishReason
     duration: float  # seconds of audio
 
 
@@ -39,11 +39,17 @@ class Transcriber:
         self.model = model.eval()
         self.settings = settings
 
-    def transcribe(self, audio: Audio | Sequence[Audio]) -> Transcript | list[Transcript]:
+    @overload
+    def transcribe(self, audio: Audio) -> Transcript: ...
+
+    @overload
+    def transcribe(self, audio: list[Audio]) -> list[Transcript]: ...
+
+    def transcribe(self, audio: Audio | list[Audio]) -> Transcript | list[Transcript]:
         """One transcript, or a list for a list; audio is a path, bytes, or 16 kHz samples (S,)."""
-        if isinstance(audio, list | tuple):
+        if isinstance(audio, list):
             return self.transcribe_waveforms([_waveform(item) for item in audio])
-        return self.transcribe_waveforms([_waveform(audio)])[0]  # type: ignore[arg-type]
+        return self.transcribe_waveforms([_waveform(audio)])[0]
 
     def transcribe_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[Transcript]:
         """Transcripts of waveforms (S,), 16 kHz mono float32, in the order given."""
