@@ -24,6 +24,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from isthmus.cli import main
 from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
 from isthmus.model.encoder import (
     ConformerSettings,
@@ -274,3 +275,23 @@ def waves() -> Callable[..., Tensor]:
         return 0.1 * noise * envelope + 0.001 * noise
 
     return make
+
+
+@pytest.fixture
+def isthmus(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """The command line in this process: exit code, standard output, standard error."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.argv", ["isthmus", *map(str, arguments)])
+        capsys.readouterr()
+        code = 0
+        try:
+            main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

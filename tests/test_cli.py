@@ -10,27 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
-from isthmus.cli import main
-
 Isthmus = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def isthmus(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Isthmus:
-    """The command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["isthmus", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["transcribe", "--help"]])

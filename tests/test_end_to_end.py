@@ -12,32 +12,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from isthmus.cli import main
 from isthmus.recipe import load_recipe
 from isthmus.training import loop
 from isthmus.training.runs import train
 
 TEXTS = ("go left", "stop", "one two", "yes")
-
-
-@pytest.fixture
-def isthmus(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Callable[..., tuple[int, str, str]]:
-    """The command line in this process: exit code, standard output, standard error."""
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["isthmus", *map(str, arguments)])
-        capsys.readouterr()
-        code = 0
-        try:
-            main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
 
 
 @pytest.fixture

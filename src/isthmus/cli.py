@@ -3,12 +3,12 @@
 import json
 import logging
 import sys
+from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from isthmus import __version__
 from isthmus.errors import IsthmusError, suggest
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def main_options(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
 ) -> None:
     if version:
-        typer.echo(__version__)
+        typer.echo(installed_version("isthmus"))
         raise typer.Exit
 
 
@@ -76,52 +76,37 @@ def quickstart(
         _print_json(result)
 
 
-@app.command()
-def train(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    output_dir: RunFolder = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Train what a recipe does not freeze: the projector, usually."""
-    from isthmus.recipe import Recipe
-    from isthmus.training.runs import train as job
+def _training_verb(verb: str, recipe_kind: str, purpose: str) -> None:
+    """The verbs that train differ in the kind of recipe and in the job of isthmus.training.runs."""
 
-    _train(job, Recipe, recipe, overrides, output_dir, (resume, overwrite, as_json))
+    @app.command(verb, help=purpose)
+    def run(
+        recipe: RecipeName,
+        overrides: Overrides = None,
+        output_dir: RunFolder = None,
+        resume: Resume = False,
+        overwrite: Overwrite = False,
+        as_json: Json = False,
+    ) -> None:
+        from isthmus import recipe as recipes
+        from isthmus.display import training_display
+        from isthmus.training import runs
 
-
-@app.command("pretrain-ctc")
-def pretrain_ctc(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    output_dir: RunFolder = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Train a Conformer encoder with CTC."""
-    from isthmus.recipe import CTCRecipe
-    from isthmus.training.runs import pretrain_ctc as job
-
-    _train(job, CTCRecipe, recipe, overrides, output_dir, (resume, overwrite, as_json))
+        chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, recipe_kind))
+        folder = output_dir or Path("runs") / chosen.name
+        job = getattr(runs, verb.replace("-", "_"))
+        with training_display(chosen.train.steps) as display:
+            end = job(chosen, folder, resume=resume, overwrite=overwrite, on_step=display)
+        if as_json:
+            figures = {"step": end.step, "best_step": end.best_step, "best_loss": end.best_loss}
+            _print_json({"run": str(folder)} | figures)
+        else:
+            typer.echo(f"Trained to step {end.step}: {folder}")
 
 
-@app.command("pretrain-lm")
-def pretrain_lm(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    output_dir: RunFolder = None,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
-    as_json: Json = False,
-) -> None:
-    """Train a small language model on text made on the spot."""
-    from isthmus.recipe import LanguageRecipe
-    from isthmus.training.runs import pretrain_lm as job
-
-    _train(job, LanguageRecipe, recipe, overrides, output_dir, (resume, overwrite, as_json))
+_training_verb("train", "Recipe", "Train what a recipe does not freeze: the projector, usually.")
+_training_verb("pretrain-ctc", "CTCRecipe", "Train a Conformer encoder with CTC.")
+_training_verb("pretrain-lm", "LanguageRecipe", "Train a small LLM on text made on the spot.")
 
 
 @app.command()
@@ -347,35 +332,6 @@ def main() -> None:
     except (IsthmusError, FileExistsError, ModuleNotFoundError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-
-
-def _train(
-    job: Any,
-    kind: Any,
-    name: str,
-    overrides: list[str] | None,
-    output_dir: Path | None,
-    flags: tuple[bool, bool, bool],
-) -> None:
-    from isthmus.display import training_display
-    from isthmus.recipe import load_recipe
-
-    resume, overwrite, as_json = flags
-    recipe = load_recipe(name, overrides or [], kind=kind)
-    folder = output_dir or Path("runs") / recipe.name
-    with training_display(recipe.train.steps) as display:
-        progress = job(recipe, folder, resume=resume, overwrite=overwrite, on_step=display)
-    if as_json:
-        _print_json(
-            {
-                "run": str(folder),
-                "step": progress.step,
-                "best_step": progress.best_step,
-                "best_loss": progress.best_loss,
-            }
-        )
-    else:
-        typer.echo(f"Trained to step {progress.step}: {folder}")
 
 
 def _weights(domains: str) -> dict[str, float] | None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from isthmus.analysis.alignment import align
-from isthmus.analysis.emergence import Emergence, EmergenceMonitor
+from isthmus.analysis.emergence import EmergenceMonitor, find_emergence
 from isthmus.analysis.evaluate import Evaluation, evaluate
 from isthmus.analysis.report import Curves, Part, Report, pick_examples, render
 from isthmus.decoding.transcriber import Transcriber, load
@@ -75,7 +75,8 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
 
     started = time.perf_counter()
     console.print("[bold]2[/] Training the projector between two frozen models")
-    curve, found = _train(recipe, folder / "run", console)
+    curve = _train(recipe, folder / "run", console)
+    found = find_emergence([m["step"] for m in curve], [m["accuracy"] for m in curve])
     seconds["training"] = time.perf_counter() - started
 
     started = time.perf_counter()
@@ -122,14 +123,12 @@ def free_folder(folder: Path = Path("runs/quickstart")) -> Path:
     return next(path for path in itertools.chain([folder], names) if not path.exists())
 
 
-def _train(
-    recipe: Recipe, folder: Path, console: Console
-) -> tuple[list[dict[str, Any]], Emergence | None]:
-    monitor = EmergenceMonitor()
+def _train(recipe: Recipe, folder: Path, console: Console) -> list[dict[str, Any]]:
+    """Train into `folder`; returns the metrics of all steps."""
     with training_display(recipe.train.steps, console) as display:
-        watch = Watch(display, console, [], monitor)
+        watch = Watch(display, console, [], EmergenceMonitor())
         train(recipe, folder, on_step=watch)
-    return watch.curve, monitor.found
+    return watch.curve
 
 
 def _report(
@@ -177,7 +176,7 @@ def _parts(recipe: Recipe, model: SpeechLLM) -> list[Part]:
             model.projector,
             f"{embeddings:g} a second × {model.llm.dim}",
         ),
-        ("LLM", recipe.llm.path, model.llm, "text"),
+        ("LLM", recipe.llm.path, model.llm, "tokens"),
     ]
     return [
         Part(
