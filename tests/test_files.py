@@ -1,4 +1,4 @@
-"""Durable writes: the old file or the new one, and a folder that is not whole is known to be not."""
+"""Durable writes: the old file or the new one; a folder that is not whole is known to be not."""
 
 import os
 import random

@@ -96,3 +96,11 @@ def test_two_runs_of_one_seed_have_the_same_curve(tmp_path: Path) -> None:
         curves.append(losses)
     assert curves[0] == curves[1]
     assert len(curves[0]) == 3
+
+
+@pytest.mark.parametrize("num_samples", [1, 159, 400])
+def test_the_shortest_recordings_do_not_break_it(
+    transcriber: Transcriber, num_samples: int
+) -> None:
+    transcript = transcriber.transcribe(np.zeros(num_samples, np.float32))
+    assert transcript.duration == num_samples / 16000

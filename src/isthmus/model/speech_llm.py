@@ -93,6 +93,22 @@ class SpeechLLM(nn.Module):
         frames = self.encoder.output_length(int(seconds * SAMPLE_RATE))
         return self.projector.output_length(frames)
 
+    def fault(self, seconds: float, text_tokens: int = 0) -> str | None:
+        """Why an utterance that long, with a transcript of so many tokens, is too much; else None.
+
+        The prompt is counted too.
+        """
+        limit = self.encoder.max_seconds
+        if limit is not None and seconds > limit:
+            return f"{seconds:.1f} s of audio are more than the {limit:g} s that the encoder takes"
+        room = self.llm.max_tokens
+        prompt = tokenise(self.prompt, self.llm.tokenizer)
+        positions = sum(len(piece.tokens) for piece in prompt if piece.tokens)
+        positions += self.audio_tokens(seconds) + text_tokens
+        if room is not None and positions > room:
+            return f"it takes {positions} positions, the language model has {room}"
+        return None
+
     def embed_audio(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
         """Waveforms (B, S) to B tensors of audio embeddings (A, E), each at its own length."""
         frames, num_frames = self.encoder(waveforms, num_samples)
