@@ -10,10 +10,10 @@ when utterances are decoded one by one, or eight together in random order.
 import random
 import sys
 
-from isthmus.analysis.evaluate import ctc_scores, evaluate, load_sets
+from isthmus.analysis.evaluate import ctc_scores, evaluate
 from isthmus.decoding.transcriber import load
-from isthmus.scoring import Score
-from isthmus.speech.corpora import expand_path, load_cut
+from isthmus.scoring import ErrorCounts, Score
+from isthmus.speech.corpora import expand_path, load_cut, read_corpus
 
 SETS = ("en_digits", "en_keywords", "en_speech_commands", "en_barista")
 
@@ -23,10 +23,13 @@ def main() -> None:
     paths = [f"${{ISTHMUS_SPEECH}}/{name}/dev.jsonl" for name in SETS]
     missing = [path for path in paths if not expand_path(path).exists()]
     if missing:
-        sys.exit(f"{expand_path(missing[0])} is not there. Set ISTHMUS_SPEECH to the speech folder.")
-    system = evaluate(load(run), paths).scores
-    ctc = ctc_scores(load(run), paths)
-    real = evaluate(load(run), paths[1:]).scores.pooled
+        sys.exit(
+            f"{expand_path(missing[0])} is not there. Set ISTHMUS_SPEECH to the speech folder."
+        )
+    transcriber = load(run)
+    evaluation = evaluate(transcriber, paths)
+    system, ctc = evaluation.scores, ctc_scores(transcriber, evaluation)
+    real = sum((score.counts for score in list(system.sets.values())[1:]), ErrorCounts())
 
     print("| set | utterances | words | WER % | 95 % | encoder's own CTC, WER % |")
     print("|---|---|---|---|---|---|")
@@ -41,14 +44,13 @@ def main() -> None:
 def batch_independence(run: str, paths: list[str]) -> tuple[int, int]:
     """How many utterances have the same text alone and in random batches of eight."""
     single, batched = load(run, batch_size=1), load(run, batch_size=8)
-    limit = single.model.encoder.max_seconds
-    cuts = [cut for found in load_sets(paths, limit, 0.0).values() for cut in found]
+    cuts = [cut for path in paths for cut in read_corpus(path)]
     random.Random(0).shuffle(cuts)
     waveforms = [load_cut(cut) for cut in cuts]
-    alone = single.transcribe_waveforms(waveforms)
+    alone = single.transcribe(waveforms)
     together = []
     for start in range(0, len(cuts), 8):  # by eights, or the transcriber would sort by length
-        together += batched.transcribe_waveforms(waveforms[start : start + 8])
+        together += batched.transcribe(waveforms[start : start + 8])
     return sum(a.text == b.text for a, b in zip(alone, together, strict=True)), len(cuts)
 
 

@@ -5,10 +5,14 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from signal import SIGTERM
 
 import numpy as np
 import pytest
 import soundfile
+
+from isthmus.quickstart import quickstart_recipe
+from isthmus.training.loop import Interrupted
 
 Isthmus = Callable[..., tuple[int, str, str]]
 
@@ -121,29 +125,77 @@ def test_score_prints_figures_and_the_listing(isthmus: Isthmus, tmp_path: Path) 
     assert "none.txt" in err
 
 
+@pytest.fixture
+def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
+    """Files that are wrong in one way each, in the working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.tsv").write_text("a\tone\n")
+    (tmp_path / "other.tsv").write_text("b\tone\n")
+    (tmp_path / "latin.txt").write_bytes("olé".encode("latin-1"))
+    (tmp_path / "broken.jsonl").write_text('{"id": "a", "text"\n')
+    (tmp_path / "deep.jsonl").write_text('{"id":' + "[" * 100_000 + "\n")
+    (tmp_path / "failing_rules.py").write_text("1 / 0")
+    soundfile.write(tmp_path / "long.wav", np.zeros(60 * 16000), 16000)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    return set(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["train", "tiny/projektor"], "Did you mean 'tiny/projector'?"),
         (["train", "tiny/projector", "projector.kind=x"], "unknown key projector.kind"),
         (["train", "tiny/conformer"], "is not a valid recipe"),
-        (["transcribe", "nowhere.wav"], "nowhere.wav"),
+        (["transcribe", "nowhere.wav", "-m", "no-run"], "No run folder"),
         (["check", "nowhere.jsonl"], "nowhere.jsonl"),
         (["prepare", "librispeach", ".", "out"], "librispeech"),
         (["evaluate", "no-run", "data"], "No run folder"),
+        (["score", "one.tsv", "other.tsv"], "1 of 1 hypotheses have no reference: b"),
+        (["score", "one.tsv", "none.tsv"], "none.tsv"),
+        (["score", "one.tsv", "."], "directory"),
+        (["score", "one.tsv", "latin.txt"], "latin.txt: not UTF-8"),
+        (["score", "one.tsv", "broken.jsonl"], "broken.jsonl:1: not JSON"),
+        (["score", "one.tsv", "deep.jsonl"], "deep.jsonl:1: not JSON"),
+        (["score", "one.tsv", "one.tsv", "--missing", "skip"], "--missing"),
+        (["score", "one.tsv", "one.tsv", "--normaliser", "basik"], "Did you mean 'basic'?"),
+        (["score", "one.tsv", "one.tsv", "--normaliser", "failing_rules:f"], "division by zero"),
+        (["score", "one.tsv", "one.tsv", "--normaliser", ".rules:f"], "cannot be imported"),
+        (["synth", "out", "--text", "latin.txt"], "latin.txt: not UTF-8"),
+        (["synth", "out", "--domains", "digitz=1"], "Did you mean 'digit"),
+        (["quickstart", "nowhere.wav", "-o", "out"], "nowhere.wav"),
+        (["quickstart", "long.wav", "-o", "out"], "long.wav (60.0 s) is too long"),
     ],
 )
 def test_what_is_wrong_is_one_clear_error(
-    isthmus: Isthmus,
-    arguments: list[str],
-    message: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    isthmus: Isthmus, inputs: set[Path], arguments: list[str], message: str, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     code, out, err = isthmus(*arguments)
     assert code == 1
+    assert "error: " in err
     assert message in err
     assert "Traceback" not in err
     assert not out
-    assert not list(tmp_path.iterdir())
+    assert set(tmp_path.iterdir()) == inputs
+
+
+@pytest.mark.parametrize(
+    ("stop", "code"), [(KeyboardInterrupt(), 130), (Interrupted(SIGTERM, 3), 143)]
+)
+def test_interruption_has_the_exit_code_that_shells_expect(
+    isthmus: Isthmus, monkeypatch: pytest.MonkeyPatch, stop: BaseException, code: int
+) -> None:
+    def job(*arguments: object, **options: object) -> None:
+        raise stop
+
+    monkeypatch.setattr("isthmus.training.runs.train", job)
+    found, out, err = isthmus("train", "tiny/projector")
+    assert found == code
+    assert not out
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", ["it's here", "a: b", "[x]", "#1"])
+def test_quickstart_folder_may_have_any_name(name: str) -> None:
+    folder = Path(name)
+    assert quickstart_recipe(folder).data.train == (str(folder / "speech/train"),)

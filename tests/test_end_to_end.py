@@ -1,6 +1,7 @@
 """Any Whisper with any Llama, in the hub's layout, by the commands a user types."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from isthmus.errors import IsthmusError
+from isthmus.files import verify_folder
 from isthmus.recipe import load_recipe
 from isthmus.training import loop
-from isthmus.training.runs import train
+from isthmus.training.runs import load_run, train
 
 TEXTS = ("go left", "stop", "one two", "yes")
 
@@ -159,6 +162,87 @@ def test_runs_are_never_overwritten_unasked(
     assert (other / "thesis.txt").exists()
 
 
+def test_overwriting_removes_nothing_but_a_run(
+    isthmus: Callable[..., tuple[int, str, str]],
+    recipe: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    project = tmp_path / "project"
+    project.mkdir()
+    monkeypatch.chdir(project)
+    for name in ("recipe.yaml", "thesis.txt"):
+        Path(name).write_text(recipe.read_text())
+    arguments = ("train", recipe, "train.steps=1", "-o", ".", "--overwrite")
+    assert isthmus(*arguments)[0] == 1
+    Path("thesis.txt").unlink()  # a recipe alone is no run either
+    assert isthmus(*arguments)[0] == 1
+    assert Path("recipe.yaml").read_text() == recipe.read_text()
+    Path("recipe.yaml").unlink()
+    assert isthmus(*arguments)[0] == 0
+    Path("model.bak").write_text("years of work")
+    code, _, err = isthmus(*arguments)
+    assert (code, "holds model.bak beside a run" in err) == (1, True)
+    assert Path("best").is_dir()
+    Path("model.bak").rename(tmp_path / "model.bak")
+    Path(".best.partial").mkdir()
+    assert isthmus(*arguments)[0] == 0
+    assert not Path(".best.partial").exists()
+
+
+def test_resuming_on_other_data_is_refused(
+    isthmus: Callable[..., tuple[int, str, str]], recipe: Path, speech: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    assert isthmus("train", recipe, "train.steps=1", "-o", run)[0] == 0
+    (speech / "u0.txt").write_text("go right")
+    code, _, err = isthmus("train", recipe, "train.steps=1", "-o", run, "--resume")
+    assert (code, "was trained on other data" in err) == (1, True)
+    (speech / "u0.txt").write_text(TEXTS[0])
+    assert isthmus("train", recipe, "train.steps=1", "-o", run, "--resume")[0] == 0
+
+
+def test_a_run_that_was_never_validated_can_be_decoded_with(
+    isthmus: Callable[..., tuple[int, str, str]], recipe: Path, speech: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    changes = ["train.steps=2", "data.dev=[]"]
+    assert isthmus("train", recipe, *changes, "-o", run)[0] == 0
+    best = load_run(run)[0].trained_state()
+    shutil.rmtree(run / "best")
+    newest = load_run(run)[0].trained_state()
+    assert all(torch.equal(value, newest[name]) for name, value in best.items())
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(IsthmusError, match="no trained weights yet"):
+        load_run(run)
+
+
+def test_pretrained_models_are_sealed_and_gone_on_from(
+    isthmus: Callable[..., tuple[int, str, str]], speech: Path, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    train = {"steps": 1, "warmup_steps": 0}
+    ctc = {
+        "architecture": sizes | {"subsampling_factor": 4},
+        "data": {"train": [str(speech)]},
+        "train": train,
+    }
+    lm = {"architecture": sizes, "sentences": 4, "train": train}
+    for verb, values in (("pretrain-ctc", ctc), ("pretrain-lm", lm)):
+        file = tmp_path / f"{verb}.yaml"
+        file.write_text(yaml.safe_dump(values | {"name": verb}))
+        first, second = tmp_path / f"{verb}-1", tmp_path / f"{verb}-2"
+        assert isthmus(verb, file, "-o", first)[0] == 0
+        verify_folder(first / "model")
+        on = [f"start_from={first / 'model'}", "architecture=null", "-o", second]
+        assert isthmus(verb, file, *on)[0] == 0
+        assert "start_from" in json.loads((second / "parts.json").read_text())
+        weights = first / "model/model.safetensors"
+        weights.write_bytes(weights.read_bytes() + b" ")
+        code, _, err = isthmus(verb, file, *on, "--resume")
+        assert (code, "other weights of the start_from" in err) == (1, True)
+
+
 def test_damaged_unfinished_and_foreign_runs_are_refused(
     isthmus: Callable[..., tuple[int, str, str]],
     recipe: Path,
@@ -178,7 +262,7 @@ def test_damaged_unfinished_and_foreign_runs_are_refused(
     parts["llm"]["sha256"] = {"model.safetensors": "0" * 64}
     (run / "parts.json").write_text(json.dumps(parts))
     code, _, err = isthmus("transcribe", audio, "--model", run)
-    assert (code, "other weights of the llm" in err) == (1, True)
+    assert (code, "other files of the llm" in err) == (1, True)
     (run / "best/MANIFEST.json").unlink()
     (run / "parts.json").unlink()
     code, _, err = isthmus("transcribe", audio, "--model", run)

@@ -54,6 +54,29 @@ def test_a_folder_is_replaced_by_a_whole_one(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["checkpoint"]
 
 
+def test_killed_between_the_renames_the_old_folder_comes_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = tmp_path / "best", Path.rename
+    write_folder(folder, fill)
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == ".best.partial":
+            os._exit(9)
+        return rename(path, target)
+
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr(Path, "rename", killed)
+        write_folder(folder, lambda partial: (partial / "c.bin").write_bytes(b"c") and None)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert not folder.exists()
+    verify_folder(folder)
+    assert (folder / "a.bin").exists()
+    write_folder(folder, fill)
+    assert os.listdir(tmp_path) == ["best"]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_every_damage_is_seen(tmp_path: Path, seed: int) -> None:
     folder = tmp_path / "checkpoint"

@@ -161,8 +161,9 @@ def dangers(call: ast.Call, safe_loaders: set[str]) -> Iterator[str]:
             yield f"{function}() makes any object: use yaml.safe_load"
     if function == "torch.load" and options.get("weights_only") != "True":
         yield "torch.load() without weights_only=True runs what it reads"
-    if options.get("trust_remote_code", "False") != "False":
-        yield "trust_remote_code runs code from a download"
+    loads = function.split(".")[-1] in ("from_pretrained", "from_config")
+    if options.get("trust_remote_code", "" if loads else "False") != "False":
+        yield f"{function}() without trust_remote_code=False may run code from a download"
     if options.get("shell", "False") != "False":
         yield "shell=True hands text to a shell: give a list of arguments"
     if function.endswith(".extractall"):
@@ -250,6 +251,9 @@ PLANTED = [
     (nothing_dangerous, "cli.py", "torch.load(path)"),
     (nothing_dangerous, "cli.py", "torch.load(path, weights_only=False)"),
     (nothing_dangerous, "cli.py", "AutoModel.from_pretrained(name, trust_remote_code=True)"),
+    (nothing_dangerous, "cli.py", "AutoModel.from_pretrained(name)"),
+    (nothing_dangerous, "cli.py", "auto.from_config(config, **options)"),
+    (nothing_dangerous, "cli.py", "load(name, trust_remote_code=choice)"),
     (nothing_dangerous, "cli.py", "subprocess.run(line, shell=True)"),
     (nothing_dangerous, "cli.py", "tarfile.open(path).extractall(folder)"),
 ]
@@ -263,6 +267,7 @@ ALLOWED = [
     (nothing_dangerous, "cli.py", "model.eval()\nyaml.safe_load(x)\nyaml.load(x, yaml.SafeLoader)"),
     (nothing_dangerous, "cli.py", "class L(yaml.SafeLoader): ...\nyaml.load(stream, Loader=L)"),
     (nothing_dangerous, "cli.py", "torch.load(path, weights_only=True)"),
+    (nothing_dangerous, "cli.py", "AutoModel.from_pretrained(name, trust_remote_code=False)"),
 ]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import IsthmusError
+from isthmus.model.conformer import ConformerArchitecture
 from isthmus.recipe import (
     CTCRecipe,
     LanguageRecipe,
@@ -12,6 +13,7 @@ from isthmus.recipe import (
     dump_recipe,
     find_recipe,
     load_recipe,
+    parse_yaml,
     shipped_recipes,
 )
 
@@ -97,6 +99,54 @@ def test_two_measures_of_a_batch_are_refused(file: Path) -> None:
     with pytest.raises(IsthmusError, match="not both"):
         load_recipe(file, ["train.batch_size=4", "train.max_duration=60"])
     assert load_recipe(file, ["train.max_duration=60"]).train.batch_size is None
+
+
+@pytest.mark.parametrize("measure", ["batch_size", "max_duration"])
+def test_a_batch_of_nothing_is_refused(file: Path, measure: str) -> None:
+    with pytest.raises(IsthmusError, match=rf"train\.{measure}: .* greater than"):
+        load_recipe(file, [f"train.{measure}=0"])
+
+
+def test_a_model_to_go_on_from_brings_its_own_settings(tmp_path: Path) -> None:
+    path = tmp_path / "ctc.yaml"
+    path.write_text("name: ctc\nfront_end: {num_mels: 40}\n")
+    new = load_recipe(path, kind=CTCRecipe)
+    assert new.architecture == ConformerArchitecture()
+    assert "num_hidden_layers: 18" in dump_recipe(new)
+    with pytest.raises(IsthmusError, match="start_from brings its own front_end"):
+        load_recipe(path, ["start_from=x"], kind=CTCRecipe)
+    on = load_recipe(path, ["start_from=x", "front_end=null"], kind=CTCRecipe)
+    assert (on.architecture, on.front_end, on.letters) == (None, None, None)
+    path.write_text(dump_recipe(on))
+    assert load_recipe(path, kind=CTCRecipe) == on
+    path.write_text("name: lm\nstart_from: x\narchitecture: {hidden_size: 8}\n")
+    with pytest.raises(IsthmusError, match="start_from brings its own architecture"):
+        load_recipe(path, kind=LanguageRecipe)
+
+
+def test_settings_that_would_do_nothing_are_refused(file: Path, tmp_path: Path) -> None:
+    with pytest.raises(IsthmusError, match=r"unknown key data\.spec_augment"):
+        load_recipe(file, ["data.spec_augment={}"])
+    path = tmp_path / "lm.yaml"
+    path.write_text("name: lm\n")
+    for override in ("data.train=[a]", "train.batch_size=4", "train.max_duration=9"):
+        with pytest.raises(IsthmusError, match="unknown key"):
+            load_recipe(path, [override], kind=LanguageRecipe)
+        assert load_recipe(path, [override], kind=CTCRecipe)
+
+
+def test_local_models_are_named_by_their_full_path(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("models/whisper", "isthmus/tiny-llama"):
+        Path(name).mkdir(parents=True)
+    changes = ["encoder.path=models/whisper", "llm.path=isthmus/tiny-llama"]
+    stored = parse_yaml(dump_recipe(load_recipe(file, changes)))
+    assert stored["encoder"]["path"] == str(tmp_path / "models/whisper")
+    assert stored["llm"]["path"] == "isthmus/tiny-llama"
+    assert "path: openai/whisper-tiny" in dump_recipe(load_recipe(file))
+    assert str(tmp_path / "models") in dump_recipe(LanguageRecipe(name="x", start_from="models"))
 
 
 def test_the_resolved_recipe_is_the_same_recipe(file: Path, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_synthetic_speech_is_read(transcriber: Transcriber) -> None:
 @needs_speech
 def test_a_real_speaker_not_in_training_is_read(transcriber: Transcriber) -> None:
     cuts = list(read_corpus(SPEECH / "en_digits/dev.jsonl"))[::5]
-    found = transcriber.transcribe_waveforms([load_cut(cut) for cut in cuts])
+    found = transcriber.transcribe([load_cut(cut) for cut in cuts])
     right = sum(t.text == transcript(cut) for t, cut in zip(found, cuts, strict=True))
     assert right / len(cuts) >= 0.85
 
@@ -62,9 +62,9 @@ def test_one_by_one_and_together_give_the_same_text() -> None:
     waveforms = [speak(text, Voice("en-gb", rate=150))[0] for text in texts]
     waveforms.append(rng.normal(0, 0.01, 30000).astype(np.float32))  # not speech at all
     single, batched = load("default", batch_size=1), load("default", batch_size=7)
-    alone = [t.text for t in single.transcribe_waveforms(waveforms)]
-    assert [t.text for t in batched.transcribe_waveforms(waveforms)] == alone
-    reversed_texts = batched.transcribe_waveforms(waveforms[::-1])
+    alone = [t.text for t in single.transcribe(waveforms)]
+    assert [t.text for t in batched.transcribe(waveforms)] == alone
+    reversed_texts = batched.transcribe(waveforms[::-1])
     assert [t.text for t in reversed_texts][::-1] == alone
 
 

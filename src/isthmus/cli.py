@@ -3,13 +3,28 @@
 import json
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import asdict
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 
 import typer
 
 from isthmus.errors import IsthmusError, suggest
+
+if TYPE_CHECKING:
+    from isthmus.recipe import AnyRecipe, CTCRecipe, Experiment, LanguageRecipe, Recipe
+    from isthmus.training.checkpoint import Progress
+    from isthmus.training.loop import OnStep
+
+    Kind = TypeVar("Kind", bound=Experiment, contravariant=True)
+
+    class Job(Protocol[Kind]):
+        def __call__(
+            self, recipe: Kind, folder: Path, *, resume: bool, overwrite: bool, on_step: OnStep
+        ) -> Progress: ...
+
 
 app = typer.Typer(
     name="isthmus",
@@ -76,8 +91,10 @@ def quickstart(
         _print_json(result)
 
 
-def _training_verb(verb: str, recipe_kind: str, purpose: str) -> None:
-    """The verbs that train differ in the kind of recipe and in the job of isthmus.training.runs."""
+def _training_verb(
+    verb: str, purpose: str, parts: Callable[[], "tuple[type[AnyRecipe], Job[AnyRecipe]]"]
+) -> None:
+    """The verbs that train differ in `parts`: the kind of recipe, and the job that takes it."""
 
     @app.command(verb, help=purpose)
     def run(
@@ -88,13 +105,12 @@ def _training_verb(verb: str, recipe_kind: str, purpose: str) -> None:
         overwrite: Overwrite = False,
         as_json: Json = False,
     ) -> None:
-        from isthmus import recipe as recipes
         from isthmus.display import training_display
-        from isthmus.training import runs
+        from isthmus.recipe import load_recipe
 
-        chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, recipe_kind))
+        kind, job = parts()
+        chosen = load_recipe(recipe, overrides or [], kind=kind)
         folder = output_dir or Path("runs") / chosen.name
-        job = getattr(runs, verb.replace("-", "_"))
         with training_display(chosen.train.steps) as display:
             end = job(chosen, folder, resume=resume, overwrite=overwrite, on_step=display)
         if as_json:
@@ -104,9 +120,30 @@ def _training_verb(verb: str, recipe_kind: str, purpose: str) -> None:
             typer.echo(f"Trained to step {end.step}: {folder}")
 
 
-_training_verb("train", "Recipe", "Train what a recipe does not freeze: the projector, usually.")
-_training_verb("pretrain-ctc", "CTCRecipe", "Train a Conformer encoder with CTC.")
-_training_verb("pretrain-lm", "LanguageRecipe", "Train a small LLM on text made on the spot.")
+def _train() -> "tuple[type[Recipe], Job[Recipe]]":
+    from isthmus.recipe import Recipe
+    from isthmus.training.runs import train
+
+    return Recipe, train
+
+
+def _pretrain_ctc() -> "tuple[type[CTCRecipe], Job[CTCRecipe]]":
+    from isthmus.recipe import CTCRecipe
+    from isthmus.training.runs import pretrain_ctc
+
+    return CTCRecipe, pretrain_ctc
+
+
+def _pretrain_lm() -> "tuple[type[LanguageRecipe], Job[LanguageRecipe]]":
+    from isthmus.recipe import LanguageRecipe
+    from isthmus.training.runs import pretrain_lm
+
+    return LanguageRecipe, pretrain_lm
+
+
+_training_verb("train", "Train what a recipe does not freeze: the projector, usually.", _train)
+_training_verb("pretrain-ctc", "Train a Conformer encoder with CTC.", _pretrain_ctc)
+_training_verb("pretrain-lm", "Train a small LLM on text made on the spot.", _pretrain_lm)
 
 
 @app.command()
@@ -120,26 +157,24 @@ def transcribe(
     as_json: Json = False,
 ) -> None:
     """Write what is said in recordings."""
-    from isthmus.decoding.files import transcribe_files
+    from isthmus.decoding.transcriber import load
 
-    results, faults = transcribe_files(audio, model, beam_size=beam_size, batch_size=batch_size)
+    transcriber = load(model, beam_size=beam_size, batch_size=batch_size)
+    found = {result.index: result.found for result in transcriber.results(audio)}
+    files: list[dict[str, Any]] = []
+    for index, name in enumerate(audio):
+        heard = found[index]
+        if isinstance(heard, IsthmusError):
+            typer.echo(f"error: {heard}", err=True)
+            files.append({"file": name, "error": str(heard)})
+        else:
+            files.append({"file": name, **asdict(heard)})
     if as_json:
-        _print_json(
-            {
-                "files": [
-                    results.get(name) or {"file": name, "error": faults[name]} for name in audio
-                ]
-            }
-        )
-    else:
-        for name in audio:
-            if name in results:
-                typer.echo(
-                    f"{name}: {results[name]['text']}" if len(audio) > 1 else results[name]["text"]
-                )
-    for fault in faults.values():
-        typer.echo(f"error: {fault}", err=True)
-    if faults:
+        _print_json({"files": files})
+    for file in files if not as_json else ():
+        if "text" in file:
+            typer.echo(f"{file['file']}: {file['text']}" if len(audio) > 1 else file["text"])
+    if any("error" in file for file in files):
         raise typer.Exit(1)
 
 
@@ -154,31 +189,31 @@ def evaluate(
     normaliser: Normaliser = "basic",
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "-o", help="Also write transcripts and errors here."),
+        typer.Option("--output-dir", "-o", help="Also write the transcripts here."),
     ] = None,
     ctc: Annotated[bool, typer.Option("--ctc", help="Also score the encoder's own CTC.")] = False,
     as_json: Json = False,
 ) -> None:
     """Transcribe corpora with a run and score the result."""
-    from isthmus.analysis.evaluate import ctc_scores
+    from isthmus.analysis.evaluate import check_ctc, ctc_scores
     from isthmus.analysis.evaluate import evaluate as job
     from isthmus.decoding.transcriber import load
-    from isthmus.display import counting
+    from isthmus.display import counting, print_scores
 
     transcriber = load(run, beam_size=beam_size, batch_size=batch_size)
+    if ctc:
+        check_ctc(transcriber)
     with counting("utterances") as on_batch:
-        result = job(transcriber, data, normaliser=normaliser, on_batch=on_batch)
+        result = job(transcriber, data, normaliser=normaliser, folder=output_dir, on_batch=on_batch)
     report = result.to_dict()
     if ctc:
-        report["ctc"] = ctc_scores(transcriber, data, normaliser=normaliser).to_dict()
-    if output_dir is not None:
-        result.write(output_dir)
+        report["ctc"] = ctc_scores(transcriber, result).to_dict()
     if as_json:
         _print_json(report)
-        return
-    from isthmus.display import print_scores
-
-    print_scores(report)
+    else:
+        print_scores(report)
+    if any(result.left_out.values()):
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -270,7 +305,11 @@ def synth(
     from isthmus.speech.synthesis import draw_texts, synthesise_corpus
 
     if text is not None:
-        texts = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        try:
+            lines = text.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise IsthmusError(f"{text}: not UTF-8 text ({error}). Convert it.") from error
+        texts = [line for line in lines if line.strip()]
     else:
         texts = draw_texts(utterances, seed, _weights(domains))
     manifest = synthesise_corpus(out, texts, seed, held_out=held_out, workers=workers)
@@ -329,7 +368,7 @@ def main() -> None:
     logging.getLogger("isthmus").setLevel(logging.INFO)
     try:
         app()
-    except (IsthmusError, FileExistsError, ModuleNotFoundError, OSError) as error:
+    except (IsthmusError, ModuleNotFoundError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
 

@@ -101,6 +101,10 @@ def print_scores(report: dict[str, Any]) -> None:
         table.add_row(name, _percent(score["wer"]), between, _percent(score["cer"]), *counts)
     Console().print(table)
     Console().print(f"normaliser: {report['normaliser']}", highlight=False)
+    for name, reasons in report["left_out"].items():
+        if reasons:
+            summary = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+            Console().print(f"left out of {name}: {summary}", highlight=False, markup=False)
 
 
 def _percent(rate: float | None) -> str:

@@ -36,6 +36,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     The manifest, a SHA-256 for each file, is written last: a folder without it is not complete.
     An existing folder of that name is replaced only after the new one is whole.
     """
+    recover_folder(path)
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -50,7 +51,7 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
                 sums[str(file.relative_to(partial))] = digest.hexdigest()
         write_atomic(partial / MANIFEST, json.dumps({"sha256": sums}, indent=2) + "\n")
         if path.exists():
-            replaced = path.with_name(f".{path.name}.replaced")
+            replaced = _replaced(path)
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
             partial.rename(path)
@@ -62,8 +63,19 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def recover_folder(path: Path) -> None:
+    """Bring back folder `path` if write_folder was killed while replacing it."""
+    if not path.exists() and _replaced(path).is_dir():
+        _replaced(path).rename(path)
+
+
+def _replaced(path: Path) -> Path:
+    return path.with_name(f".{path.name}.replaced")
+
+
 def verify_folder(path: Path) -> None:
     """Raise IsthmusError unless every file in the manifest of `path` is there, unchanged."""
+    recover_folder(path)
     try:
         sums: dict[str, str] = json.loads((path / MANIFEST).read_text())["sha256"]
     except (OSError, ValueError, KeyError, TypeError) as error:

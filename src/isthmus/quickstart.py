@@ -1,6 +1,7 @@
 """The main job on the shipped tiny models, from nothing to a page to look at, in a few minutes."""
 
 import itertools
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,7 +21,6 @@ from isthmus.display import TrainingDisplay, training_display
 from isthmus.files import write_atomic
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
-from isthmus.speech.audio import load_audio
 from isthmus.speech.corpora import load_cut
 from isthmus.speech.synthesis import draw_texts, synthesise_corpus
 from isthmus.training.batches import transcript
@@ -61,11 +61,13 @@ class Watch:
 def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     """Synthesise, train, decode and report into `folder`; returns the figures.
 
-    Raises IsthmusError when one of the user's recordings cannot be read (before anything is made).
+    Raises IsthmusError, before anything is made, when one of the user's recordings cannot be read
+    or is too long.
     """
     console = Console(stderr=True, highlight=False)
-    own = {str(path): load_audio(path) for path in audio}
-    recipe = load_recipe("tiny/quickstart", [f"data.train=['{folder}/speech/train']"])
+    recipe = quickstart_recipe(folder)
+    untrained = Transcriber(recipe.build(), recipe.decode)
+    own = {str(path): untrained.load(path) for path in audio}
     seconds = {}
 
     started = time.perf_counter()
@@ -83,7 +85,7 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     console.print(f"[bold]3[/] Reading {HELD_OUT_UTTERANCES} sentences of voices it never heard")
     transcriber = load(folder / "run")
     evaluation = evaluate(transcriber, [str(held_out)])
-    own_texts = transcriber.transcribe_waveforms(list(own.values())) if own else []
+    own_texts = transcriber.transcribe(list(own.values()))
     seconds["decoding"] = time.perf_counter() - started
 
     yours = {name: text.text for name, text in zip(own, own_texts, strict=True)}
@@ -103,6 +105,13 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
         "report": str(page),
         "transcripts": yours,
     }
+
+
+def quickstart_recipe(folder: Path) -> Recipe:
+    """The shipped recipe, to train on the speech in `folder`."""
+    recipe = load_recipe("tiny/quickstart")
+    data = recipe.data.model_copy(update={"train": (str(folder / "speech" / "train"),)})
+    return recipe.model_copy(update={"data": data})
 
 
 def _speech(folder: Path) -> Path:
@@ -215,5 +224,5 @@ def _print_next(console: Console, run: Path, page: Path) -> None:
     console.print(f"\nThe report: [bold]{page}[/]", soft_wrap=True)
     console.print("What to type next:")
     for command, purpose in NEXT.items():
-        typed = command.replace("RUN", str(run))
+        typed = command.replace("RUN", shlex.quote(str(run)))
         console.print(Text(f"  {typed}\n      {purpose}"), soft_wrap=True)

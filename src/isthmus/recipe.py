@@ -8,17 +8,23 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, ClassVar, Literal, TypeVar, overload
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture
+from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
 from isthmus.model.encoder import EncoderSettings
 from isthmus.model.features import LogMelSettings
-from isthmus.model.llm import LLMArchitecture, LLMSettings
-from isthmus.model.parts import PartSettings, PretrainedSettings, Source, source
+from isthmus.model.llm import (
+    CHAT_TEMPLATE,
+    LLM,
+    LLMArchitecture,
+    LLMSettings,
+    character_tokenizer,
+)
+from isthmus.model.parts import SHIPPED, PartSettings, PretrainedSettings, Source, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.speech_llm import SpeechLLM
@@ -56,11 +62,16 @@ class DataSettings(PartSettings):
     """On waveforms, in training only."""
     join: JoinSettings | None = None
     """Random concatenation, in training only."""
+
+
+class CTCDataSettings(DataSettings):
+    """The same for CTC, which can also mask features."""
+
     spec_augment: SpecAugment | None = None
-    """On log-mel features, in CTC pretraining only."""
+    """On log-mel features, in training only."""
 
 
-class TrainSettings(PartSettings):
+class LoopSettings(PartSettings):
     """Optimisation; the defaults are those of SLAM-ASR (section 3.3)."""
 
     steps: int = Field(100_000, ge=1)
@@ -73,10 +84,6 @@ class TrainSettings(PartSettings):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient."""
-    batch_size: int | None = Field(None, ge=1)
-    """Utterances of a batch; 6 unless max_duration is given."""
-    max_duration: float | None = Field(None, gt=0)
-    """Padded seconds of a batch at most, instead of batch_size."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: matrix products in it (autocast); trained weights stay in float32."""
     accumulate: int = Field(1, ge=1)
@@ -90,13 +97,24 @@ class TrainSettings(PartSettings):
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept."""
 
+
+class TrainSettings(LoopSettings):
+    """Optimisation on speech."""
+
+    batch_size: int | None = Field(None, ge=1)
+    """Utterances of a batch; 6 unless max_duration is given."""
+    max_duration: float | None = Field(None, gt=0)
+    """Padded seconds of a batch at most, instead of batch_size."""
+
     @model_validator(mode="before")
     @classmethod
     def _one_batch_measure(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            if values.get("batch_size") and values.get("max_duration"):
+            measures = ("batch_size", "max_duration")
+            given = [name for name in measures if values.get(name) is not None]
+            if len(given) == 2:
                 raise ValueError("give batch_size or max_duration, not both")
-            if not values.get("batch_size") and not values.get("max_duration"):
+            if not given:
                 return {**values, "batch_size": 6}
         return values
 
@@ -122,8 +140,11 @@ class Experiment(PartSettings):
     name: str = Field(pattern=r"^[\w.+-]+$")
     """The run folder's name unless another is given."""
     seed: int = Field(0, ge=0)
-    data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    train: LoopSettings = LoopSettings()
+
+    def sources(self) -> dict[str, Source]:
+        """Where the pretrained parts come from, with checksums of their weights."""
+        return {}
 
 
 class Recipe(Experiment):
@@ -132,6 +153,8 @@ class Recipe(Experiment):
     encoder: EncoderSettings = Field(discriminator="type")
     projector: ProjectorSettings = LinearProjectorSettings()
     llm: LLMSettings
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
     prompt: PromptSettings = Field(default=PaperPrompt(), discriminator="template")
     decode: DecodeSettings = DecodeSettings()
 
@@ -147,7 +170,6 @@ class Recipe(Experiment):
         )
 
     def sources(self) -> dict[str, Source]:
-        """Where the pretrained parts come from, with checksums of their weights."""
         parts = {"encoder": self.encoder, "llm": self.llm}
         return {
             name: source(part.path, part.revision)
@@ -156,23 +178,61 @@ class Recipe(Experiment):
         }
 
 
-class CTCRecipe(Experiment):
-    """Pretraining of a Conformer encoder with CTC."""
+class Pretraining(Experiment):
+    """A model with random weights, or one to go on from."""
 
-    architecture: ConformerArchitecture = ConformerArchitecture()
-    front_end: LogMelSettings = LogMelSettings()
-    letters: str = "abcdefghijklmnopqrstuvwxyz' "
-    """The spelling units."""
-    start_from: str | None = None
-    """A Conformer to go on from, instead of random weights."""
-
-
-class LanguageRecipe(Experiment):
-    """Training of a small language model on text made on the spot."""
-
-    architecture: LLMArchitecture = LLMArchitecture()
+    OF_NEW_MODELS: ClassVar[dict[str, Any]]
+    """Settings that a model to go on from brings along, with their defaults."""
     start_from: str | None = None
     """A model to go on from, instead of random weights."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _new_or_continued(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        given = [name for name in cls.OF_NEW_MODELS if values.get(name) is not None]
+        if values.get("start_from") is None:
+            return values | {n: v for n, v in cls.OF_NEW_MODELS.items() if n not in given}
+        if given:
+            raise ValueError(f"start_from brings its own {', '.join(given)}: leave out one or both")
+        return values
+
+    def sources(self) -> dict[str, Source]:
+        return {"start_from": source(self.start_from)} if self.start_from else {}
+
+
+class CTCRecipe(Pretraining):
+    """Pretraining of a Conformer encoder with CTC."""
+
+    OF_NEW_MODELS = {  # noqa: RUF012
+        "architecture": ConformerArchitecture(),
+        "front_end": LogMelSettings(),
+        "letters": "abcdefghijklmnopqrstuvwxyz' ",
+    }
+    architecture: ConformerArchitecture | None = None
+    front_end: LogMelSettings | None = None
+    letters: str | None = Field(None, min_length=1)
+    """The spelling units."""
+    data: CTCDataSettings = CTCDataSettings()
+    train: TrainSettings = TrainSettings()
+
+    def build(self) -> ConformerCTC:
+        """The model of `start_from`, or one with random weights (torch's generator)."""
+        if self.start_from:
+            return ConformerCTC.load(resolve(self.start_from)).float()
+        assert self.architecture is not None
+        assert self.letters is not None
+        assert self.front_end is not None
+        units = letter_tokenizer(self.letters)
+        return ConformerCTC.initial(self.architecture, units, self.front_end)
+
+
+class LanguageRecipe(Pretraining):
+    """Training of a small language model on text made on the spot."""
+
+    OF_NEW_MODELS = {"architecture": LLMArchitecture()}  # noqa: RUF012
+    architecture: LLMArchitecture | None = None
     domains: dict[str, float] | None = None
     """Weights of the kinds of text (isthmus.speech.sentences)."""
     sentences: int = Field(5000, ge=1)
@@ -186,6 +246,16 @@ class LanguageRecipe(Experiment):
     """Chat: greatest share of letters that are misheard in an utterance to be repeated."""
     embedding_noise: float = Field(0.0, ge=0)
     """NEFTune's alpha."""
+
+    def build(self) -> LLM:
+        """The model of `start_from`, or one with random weights (torch's generator)."""
+        if self.start_from is None:
+            assert self.architecture is not None
+            return self.architecture.build(character_tokenizer(self.chat))
+        llm = LLMSettings(path=self.start_from, dtype="float32").build()
+        if self.chat:
+            llm.tokenizer.chat_template = CHAT_TEMPLATE
+        return llm
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)
@@ -240,8 +310,13 @@ def load_recipe(
 
 
 def dump_recipe(recipe: Experiment) -> str:
-    """The resolved recipe as YAML, every default written out."""
+    """The resolved recipe as YAML: every default written out, local models by their full path."""
     values = recipe.model_dump(mode="json")
+    parts = [(values.get(name, {}), "path") for name in ("encoder", "llm")]
+    for part, key in [(values, "start_from"), *parts]:
+        name = part.get(key)
+        if name and name not in SHIPPED and Path(name).expanduser().is_dir():
+            part[key] = str(Path(name).expanduser().absolute())
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import random
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -73,10 +74,29 @@ def test_same_as_generate(
 def test_text_does_not_depend_on_neighbours(
     llm: LLM, prompts: list[Tensor], beam_size: int
 ) -> None:
+    assert_same_alone(llm, prompts, beam_size, sizes=(3, 8, 24))
+
+
+@pytest.mark.parametrize("beam_size", [1, 4])
+def test_nor_in_any_family_of_models(
+    llm_name: str, load_llm: Callable[..., LLM], prompts: list[Tensor], beam_size: int
+) -> None:
+    model = load_llm(llm_name)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)  # sharp enough not to tie
+    assert_same_alone(model, [row[:, : model.dim] for row in prompts[:8]], beam_size, sizes=(4,))
+
+
+def assert_same_alone(
+    llm: LLM, prompts: list[Tensor], beam_size: int, sizes: Sequence[int]
+) -> None:
+    """Each prompt's tokens are the same in random batches; other prompts have others."""
     alone = [search(llm, [prompt], beam_size=beam_size)[0] for prompt in prompts]
+    assert len({tuple(hypothesis.tokens) for hypothesis in alone}) > len(prompts) // 2
     order = list(range(len(prompts)))
     random.Random(0).shuffle(order)
-    for size in (3, 8, 24):
+    for size in sizes:
         for start in range(0, len(order), size):
             rows = order[start : start + size]
             batch = search(llm, [prompts[i] for i in rows], beam_size=beam_size)

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import READ_FILES, SHIPPED, freeze, resolve, sha256, source
+from isthmus.model.parts import (
+    READ_FILES,
+    SHIPPED,
+    PretrainedSettings,
+    freeze,
+    resolve,
+    sha256,
+    source,
+)
 
 
 def test_a_folder_is_taken_as_it_is(model_folder: Callable[[str], Path]) -> None:
@@ -85,8 +93,42 @@ def test_source_records_checksums(model_folder: Callable[[str], Path]) -> None:
     weights = (folder / "model.safetensors").read_bytes()
     found = source(str(folder))
     assert found.commit is None
-    assert found.sha256 == {"model.safetensors": hashlib.sha256(weights).hexdigest()}
+    assert found.sha256["model.safetensors"] == hashlib.sha256(weights).hexdigest()
     assert found.to_dict() == {"name": str(folder), "commit": None, "sha256": found.sha256}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "merges.txt"],
+)
+def test_every_file_that_is_read_has_a_checksum(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "notes.md").write_text("not read")
+    before = source(str(tmp_path)).sha256
+    (tmp_path / name).write_text("changed")
+    (tmp_path / "notes.md").write_text("changed")
+    after = source(str(tmp_path)).sha256
+    assert {file for file in after if after[file] != before.get(file)} == {name}
+
+
+def test_a_run_is_loaded_at_the_commit_it_recorded(
+    model_folder: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = "0" * 40, "1" * 40
+    for commit in (old, new):
+        (tmp_path / commit).symlink_to(model_folder("llama"))
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        return str(tmp_path / (revision or new))
+
+    settings = PretrainedSettings(path="someone/some-llm", revision=old)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    recorded = source(settings.path, settings.revision)
+    assert recorded.commit == old
+    now = PretrainedSettings(path="someone/some-llm")
+    assert source(now.path, now.at(recorded.commit).revision) == recorded
+    assert source(now.path, now.at(None).revision).commit == new
 
 
 def test_source_knows_the_commit(model_folder: Callable[[str], Path], tmp_path: Path) -> None:

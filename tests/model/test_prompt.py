@@ -8,6 +8,7 @@ from tokenizers import AddedToken
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import character_tokenizer
 from isthmus.model.prompt import (
+    AUDIO_MARK,
     BarePrompt,
     ChatPrompt,
     PaperPrompt,
@@ -204,6 +205,32 @@ def test_chat_templates(template: str, expected: tuple[str, ...], end: str) -> N
     reply = spell("yes", end, loss=True)
     assert sequence(prompt, tokenizer, "yes") == spell(*expected) + reply
     assert tokenizer.convert_ids_to_tokens(prompt.end_token(tokenizer)) == end
+
+
+DATED = (  # as Llama 3.2, and with a macro as others have
+    "{% macro today() %}{{ strftime_now('%d %B %Y, %-m') }}{% endmacro %}"
+    "{%- if not date_string is defined %}"
+    "{%- if strftime_now is defined %}{%- set date_string = strftime_now('%d %b %Y') %}"
+    "{%- endif %}{%- endif %}"
+    "Today: {{ date_string }} = {{ today() }}, {{ strftime_now('%A %H:%M:%S') }}\n"
+)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_chat_prompts_are_the_same_on_every_day(given: bool) -> None:
+    template = DATED if given else DATED.replace("date_string", "day")
+    found = tokenise(ChatPrompt(), tokenizer := chat_tokenizer(template + CHATML))[0].tokens
+    expected = "Today: 26 Jul 2024 = 26 July 2024, 07, Friday 00:00:00\n<|im_start|>user\n"
+    assert tokenizer.decode(found) == expected
+
+
+@pytest.mark.parametrize("start", ["\n", "  {% if true %}{% endif %}", "{%- if true %}{% endif %}"])
+def test_stopping_the_clock_changes_no_other_template(start: str) -> None:
+    tokenizer = chat_tokenizer(start + CHATML)
+    turns = [{"role": "user", "content": f"{AUDIO_MARK}\nx"}]
+    own = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    found = tokenise(ChatPrompt(instruction="x"), tokenizer)
+    assert tokenizer.decode(found[0].tokens) == own.partition(AUDIO_MARK)[0]
 
 
 def test_chat_with_system_turn() -> None:

@@ -181,6 +181,16 @@ def test_weights_in_training_are_in_full_precision(load_llm: LoadLLM, join: Join
     assert trained.llm.dtype == torch.float32
 
 
+def test_an_encoder_in_half_precision_can_be_trained_whole(
+    encoder_settings: Callable[[str], Any], join: Join, waves: Waves
+) -> None:
+    half = encoder_settings("conformer").build().to(torch.bfloat16)
+    model = join(encoder=half, tune={"encoder": "full"})
+    dtypes = {value.dtype for value in model.encoder.buffers() if value.is_floating_point()}
+    assert dtypes == {torch.float32}
+    train(model, waves, steps=1)
+
+
 def test_loss_in_half_precision(load_llm: LoadLLM, join: Join, waves: Waves) -> None:
     exact, *_ = join().eval().loss(*batch_of(waves, [1, 3]))
     rough, *_ = join(load_llm("llama", dtype="bfloat16")).eval().loss(*batch_of(waves, [1, 3]))
@@ -199,6 +209,16 @@ def test_longer_than_the_llm_takes(join: Join, waves: Waves) -> None:
         IsthmusError, match=r"\d+ positions, the language model takes 256.*'so many.*280 letters"
     ):
         model.loss(waveforms, num_samples, ["short", long])
+
+
+def test_fault_says_what_would_be_too_much(join: Join) -> None:
+    model = join(encoder="whisper")
+    assert model.fault(1.0, 10) is None
+    assert "30.1 s of audio are more than the 30 s" in str(model.fault(30.1))
+    prompt = len(model.sequence(torch.zeros(0, model.llm.dim))[1])
+    room = 256 - prompt - model.audio_tokens(1.0)
+    assert model.fault(1.0, room) is None
+    assert model.fault(1.0, room + 1) == "it takes 257 positions, the language model has 256"
 
 
 def test_too_short_for_an_embedding(join: Join, waves: Waves) -> None:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import (
-    SAMPLE_RATE,
     Augmentation,
     Clip,
     Equaliser,

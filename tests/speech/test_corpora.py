@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 from lhotse import CutSet, MonoCut
+from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError, suggest
 from isthmus.speech.audio import SAMPLE_RATE, AudioError
@@ -19,7 +21,6 @@ from isthmus.speech.corpora import (
     check_corpus,
     expand_path,
     load_cut,
-    read_corpora,
     read_corpus,
     usable,
 )
@@ -186,29 +187,83 @@ def test_kaldi_commands_are_refused(audio: Path) -> None:
         read_corpus(audio)
 
 
-def test_same_id_twice_names_both_lines(audio: Path) -> None:
-    rows = [{"id": "u", "audio": "a.wav"}, {"id": "v", "audio": "a.wav"}]
-    path = write_jsonl(audio / "m.jsonl", [*rows, {"id": "u", "audio": "b.wav"}])
-    with pytest.raises(IsthmusError, match=r"m\.jsonl:3: the id 'u' stands at .*m\.jsonl:1"):
-        read_corpus(path)
+def test_same_id_twice_rejects_the_second_and_names_both_lines(audio: Path) -> None:
+    rows = [{"id": "u", **GOOD}, {"id": "v", **GOOD}, {"id": "u", **GOOD}, {"id": "u", **GOOD}]
+    path = write_jsonl(audio / "m.jsonl", rows)
+    good, report = usable(read_corpus(path), max_bad_fraction=0.5)
+    assert [(cut.id, cut.custom["isthmus_origin"]) for cut in good] == [
+        ("u", f"{path}:1"),
+        ("v", f"{path}:2"),
+    ]
+    assert report.reasons == {"duplicate_id": 2}
+    said = f"{path}:3: utterance 'u' has the id of another one at {path}:1."
+    assert report.rejections[0].message.startswith(said)
 
 
-def test_corpora_may_not_share_an_id(audio: Path) -> None:
-    one = write_jsonl(audio / "one.jsonl", [{"audio": "a.wav"}])
-    two = write_jsonl(audio / "two.jsonl", [{"audio": "b.wav"}])
-    assert [cut.id for cut in read_corpora([one, two])] == ["a", "b"]
-    write_jsonl(two, [{"audio": "b.wav"}, {"id": "a", "audio": "b.wav"}])
-    with pytest.raises(IsthmusError, match=r"two\.jsonl:2: the id 'a' stands at .*one\.jsonl:1"):
-        read_corpora([one, two])
+def test_an_id_twice_in_lhotse_cuts(audio: Path) -> None:
+    text = gzip.decompress(lhotse_cuts(audio).read_bytes()).decode()
+    path = audio / "cuts.jsonl"
+    path.write_text(text + text.splitlines()[0])
+    report = check_corpus(read_corpus(path))
+    assert (report.n_ok, report.reasons) == (2, {"duplicate_id": 1})
+    assert f"{path}:3: utterance 'a'" in report.rejections[0].message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "number", "message"),
+    [
+        ("m.jsonl", '{{"audio": "a.wav"}}', 2, "not valid JSON"),
+        ("m.jsonl", "[1]", 2, "a list where an object was expected"),
+        ("m.jsonl", '{"audio": "a.wav", "te', 1, "not valid JSON"),
+        ("m.jsonl", "\0" * 9, 3, "not valid JSON"),
+        ("cuts.jsonl", "{", 1, "not valid JSON"),
+        ("cuts.jsonl", '{"id": "r", "type": "MonoCut"}', 2, "lhotse cannot read this line"),
+        ("cuts.jsonl", "RECORDING", 3, "a Recording where a cut was expected"),
+        ("metadata.csv", "a.wav,good, morning", 2, "3 columns where 2 were expected"),
+        ("segments", "u3 rec 0.1", 1, "'rec 0.1' is no segment"),
+        ("segments", "u3 other 0 0.1", 2, "recording 'other' is not in wav.scp"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_one_fault(
+    audio: Path, name: str, content: str, number: int, message: str
+) -> None:
+    path = audio / name
+    lines = {
+        "m.jsonl": [json.dumps({**GOOD, "id": "u"}), json.dumps({**GOOD, "id": "v"})],
+        "metadata.csv": ["a.wav,good morning", "b.wav,good evening"],
+        "segments": ["u rec 0 0.7", "v rec 0.7 1.4"],
+        "cuts.jsonl": gzip.decompress(lhotse_cuts(audio).read_bytes()).decode().splitlines(),
+    }[name]
+    if content == "RECORDING":
+        content = json.dumps(json.loads(lines[0])["recording"])
+    lines.insert(number - 1, content)
+    path.write_text("".join(line + "\n" for line in lines))
+    (audio / "wav.scp").write_text("rec b.wav\n")
+    (audio / "text").write_text("u good morning\nv good evening\n")
+    report = check_corpus(read_corpus(audio if name == "segments" else path))
+    assert (report.n_ok, report.reasons) == (2, {"bad_line": 1})
+    (rejection,) = report.rejections
+    assert rejection.id == f"{name}:{number}"
+    assert rejection.message.startswith(f"{path}:{number}: {message}")
+
+
+def test_an_id_twice_in_a_kaldi_file(audio: Path) -> None:
+    (audio / "wav.scp").write_text("a a.wav\nb b.wav\na b.wav\n")
+    (audio / "text").write_text("a good morning\nb good evening\nb good night\n")
+    report = check_corpus(read_corpus(audio))
+    assert (report.n_ok, report.reasons) == (2, {"duplicate_id": 2})
+    assert [one.id for one in report.rejections] == ["wav.scp:3", "text:3"]
+    assert f"'b' has the id of another one at {audio / 'text'}:2" in report.rejections[1].message
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{\n", r"m\.jsonl:1: not valid JSON"),
-        ('{"audio": "a.wav"}\n[1]\n', r"m\.jsonl:2: a list"),
+        ("[1]\n", r"m\.jsonl:1: a list"),
         ('{"wave": "a.wav"}\n', r"m\.jsonl:1: none of the fields"),
         ("\n\n", "no utterance"),
+        ("[1]\n" * 100 + '{"audio": "a.wav"}', r"m\.jsonl:1: a list"),
         ('{"id": "r", "sources": []}\n', "lhotse"),
     ],
 )
@@ -227,12 +282,6 @@ def test_paths_that_are_no_corpus(audio: Path) -> None:
     (audio / "sub").mkdir()
     with pytest.raises(IsthmusError, match="no audio"):
         read_corpus(audio / "sub")
-
-
-def test_unquoted_separator_does_not_shorten_the_text(audio: Path) -> None:
-    (audio / "metadata.csv").write_text("a.wav,good, morning\n")
-    with pytest.raises(IsthmusError, match=r"metadata\.csv:1: 3 columns"):
-        read_corpus(audio)
 
 
 GOOD = {"audio": "a.wav", "text": "good morning"}
@@ -350,6 +399,46 @@ def test_checks_can_be_left_out(audio: Path) -> None:
     assert check_corpus(cuts, require_text=False).reasons == {"missing": 1}
 
 
+def test_header_mode_decodes_nothing_and_finds_what_headers_tell(
+    audio: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def decode(*_: object) -> None:
+        raise AssertionError("decoded")
+
+    monkeypatch.setattr("isthmus.speech.audio.SoundFileReader.blocks", decode)
+    (audio / "cut.wav").write_bytes((audio / "b.wav").read_bytes()[:20_000])
+    (audio / "text.wav").write_text("this is no audio")
+    changes: list[tuple[dict[str, Any], str | None]] = [
+        ({"duration": 1.0}, None),
+        ({"start": 0.5, "duration": 0.4}, None),
+        ({"audio": "none.wav", "duration": 1.0}, "missing"),
+        ({"audio": "cut.wav", "duration": 0.62}, "truncated"),
+        ({"audio": "text.wav", "duration": 1.0}, "unreadable"),
+        ({"duration": 0.9}, "wrong_duration"),
+        ({"duration": 1.1}, "wrong_duration"),
+        ({"start": 0.5, "duration": 0.6}, "wrong_duration"),
+        ({"start": 2.0, "duration": 0.6}, "past_end"),
+    ]
+    rows = [{"id": f"u{i}", **GOOD, **change} for i, (change, _) in enumerate(changes)]
+    report = check_corpus(read_corpus(write_jsonl(audio / "m.jsonl", rows)), decode_audio="header")
+    expected = {f"u{i}": code for i, (_, code) in enumerate(changes) if code}
+    assert {one.id: one.code for one in report.rejections} == expected
+
+
+def test_audio_is_decoded_by_several_threads(audio: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = threading.Barrier(2)  # passes only when two wait at once
+
+    def load(cut: Cut) -> None:
+        both.wait(timeout=10)
+        if cut.id == "b":
+            raise AudioError("truncated", "cut short")
+
+    monkeypatch.setattr("isthmus.speech.corpora.load_cut", load)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    report = check_corpus(read_corpus(isthmus_lines(audio)))
+    assert [(one.id, one.code) for one in report.rejections] == [("b", "truncated")]
+
+
 def test_channels_of_a_lhotse_recording_stay_apart(tmp_path: Path) -> None:
     path = write_audio(tmp_path / "call.wav", 0.5, channels=2)
     samples = soundfile.read(path, dtype="float32")[0]
@@ -381,6 +470,20 @@ def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         expand_path("${ISTHMUS_SPECH}/en")
 
 
+def test_speech_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    corpus = "${ISTHMUS_SPEECH}/en/train.jsonl"
+    remedy = r"Set it to the folder of speech corpora that holds en/train\.jsonl\."
+    monkeypatch.delenv("ISTHMUS_SPEECH", raising=False)
+    with pytest.raises(IsthmusError, match=rf"not set, which stands for \.\./shared.*{remedy}"):
+        read_corpus(corpus)
+    monkeypatch.setenv("ISTHMUS_SPEECH", str(tmp_path))
+    with pytest.raises(IsthmusError, match=rf"ISTHMUS_SPEECH is '{tmp_path}'\. {remedy}"):
+        read_corpus(corpus)
+    with pytest.raises(IsthmusError, match=r"no such corpus\. Name a manifest"):
+        read_corpus("en/train.jsonl")
+
+
 def test_suggestion_is_made_only_for_near_names() -> None:
     assert suggest("lineer", ["linear", "conv"]) == " Did you mean 'linear'?"
     assert suggest("zzz", ["linear", "conv"]) == ""
@@ -390,7 +493,7 @@ def test_real_speech_is_usable() -> None:
     manifests = sorted(SPEECH.glob("*/*.jsonl"))
     if not manifests:
         pytest.skip(f"no speech data at {SPEECH}; set ISTHMUS_SPEECH")
-    cuts = read_corpora(manifests)
+    cuts = CutSet.from_cuts(cut for path in manifests for cut in read_corpus(path))
     report = check_corpus(cuts.subset(first=200))
     assert report.n_rejected == 0, report.lines()
     assert check_corpus(cuts, decode_audio=False).n_rejected == 0

@@ -117,6 +117,15 @@ def test_one_bad_file_is_left_out_and_said(librispeech: Path) -> None:
         prepare("librispeech", librispeech, librispeech / "again")
 
 
+def test_bad_lines_and_ids_that_come_twice_are_left_out(tmp_path: Path) -> None:
+    write_audio(tmp_path / "train/audio/10/20/10_20_000000.flac")
+    lines = ["10_20_000000\tguten tag\n", "guten tag\n", "10_20_000000\tgute nacht\n"]
+    (tmp_path / "train/transcripts.txt").write_text("".join(lines))
+    with pytest.warns(UserWarning, match=r"2 of 3 .*transcripts\.txt:2: 'guten tag' is no line"):
+        manifests = prepare("mls", tmp_path, tmp_path / "out")
+    assert [row["text"] for row in rows_of(manifests["train"])] == ["guten tag"]
+
+
 def test_interrupted_preparation_leaves_no_manifest(
     librispeech: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,7 +1,10 @@
 """The loop on a small task: exact resume, early stop, accumulation, steps that are not finite."""
 
 import json
+import logging
 import math
+import os
+import signal
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,15 @@ from torch import Tensor, nn
 from isthmus.errors import IsthmusError
 from isthmus.recipe import TrainSettings
 from isthmus.training.checkpoint import checkpoints
-from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, Loss, fit, learning_rate
+from isthmus.training.loop import (
+    BEST,
+    CHECKPOINTS,
+    METRICS,
+    Interrupted,
+    Loss,
+    fit,
+    learning_rate,
+)
 
 
 class Regression:
@@ -21,7 +32,9 @@ class Regression:
 
     def __init__(self, broken: frozenset[int] = frozenset(), validate: bool = True):
         torch.manual_seed(0)
-        self.module: nn.Module = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+        self.module: nn.Module = nn.Sequential(
+            nn.Linear(4, 8), nn.Dropout(0.2), nn.BatchNorm1d(8), nn.Linear(8, 1)
+        )
         generator = torch.Generator().manual_seed(1)
         self.inputs = torch.randn(16, 4, generator=generator)
         self.targets = self.inputs.sum(dim=1, keepdim=True)
@@ -36,13 +49,14 @@ class Regression:
 
     def plan(self, epoch: int) -> list[list[int]]:
         order = torch.randperm(16, generator=torch.Generator().manual_seed(epoch)).tolist()
-        return [order[:3], order[3:8], order[8:11], order[11:15], order[15:]]
+        return [order[:3], order[3:8], order[8:10], order[10:14], order[14:]]
 
     def loss(self, batch: Sequence[int], epoch: int) -> Loss:
-        error = self.module(self.inputs[batch]) - self.targets[batch]
-        total = error.square().sum()
+        inputs = self.inputs[batch]
         if self.broken & set(batch):
-            total = total * math.nan
+            inputs = inputs * math.nan
+        error = self.module(inputs) - self.targets[batch]
+        total = error.square().sum()
         return Loss(total, len(batch), 0, seconds=float(len(batch)))
 
     def dev_losses(self) -> Sequence[Callable[[], Loss]]:
@@ -88,6 +102,37 @@ def run_killed(folder: Path, at: int, **changes: Any) -> None:
     fit(Regression(), settings(**changes), folder, resume=True)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_step_end_and_saves_it(tmp_path: Path, number: signal.Signals) -> None:
+    run(tmp_path / "whole")
+    (tmp_path / "stopped").mkdir()
+    before = signal.getsignal(number)
+
+    def stop(metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 5:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(Interrupted) as stopped:
+        fit(Regression(), settings(), tmp_path / "stopped", on_step=stop)
+    assert (stopped.value.code, stopped.value.step) == (128 + number, 6)
+    assert checkpoints(tmp_path / "stopped" / CHECKPOINTS)[-1].name == "step-000006"
+    assert signal.getsignal(number) is before
+    fit(Regression(), settings(), tmp_path / "stopped", resume=True)
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+
+
+def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
+    class Stubborn(Regression):
+        def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+            if self.module.training:
+                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGINT)
+            return super().loss(batch, epoch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "a", Stubborn())
+
+
 def test_two_runs_are_the_same(tmp_path: Path) -> None:
     a, b = run(tmp_path / "a"), run(tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
@@ -114,7 +159,9 @@ def test_without_the_random_state_resume_would_differ(
     assert losses(tmp_path / "killed") != losses(tmp_path / "whole")
 
 
-def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_passed_over_and_removed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run(tmp_path / "whole")
     run(tmp_path / "run", steps=8)
     newest = checkpoints(tmp_path / "run" / CHECKPOINTS)[-1]
@@ -122,6 +169,13 @@ def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path) -> None:
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
+    with caplog.at_level(logging.WARNING):
+        # its next checkpoint must not count the damaged one as one of the two to keep
+        progress = fit(Regression(), settings(steps=6, save_every=6), tmp_path / "run", resume=True)
+    assert "is damaged" in caplog.text
+    assert "goes on from step-000004" in caplog.text
+    names = [path.name for path in checkpoints(tmp_path / "run" / CHECKPOINTS)]
+    assert names == ["step-000004", "step-000006"]
     progress = fit(Regression(), settings(), tmp_path / "run", resume=True)
     assert progress.step == 12
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
@@ -141,7 +195,8 @@ def test_accumulation_gives_the_gradient_of_one_batch(tmp_path: Path) -> None:
             return [[i for batch in Regression.plan(self, epoch) for i in batch]]
 
     def weights(task: Regression, accumulate: int, name: str) -> list[Tensor]:
-        task.module[1].p = 0.0  # type: ignore[index,union-attr] - draws differ by batch
+        # draws and statistics differ by batch
+        task.module = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         run(tmp_path / name, task, steps=3, accumulate=accumulate)
         return list(task.trainable().values())
 
@@ -176,6 +231,36 @@ def test_training_stops_when_validation_no_longer_falls(tmp_path: Path) -> None:
     assert progress.step == 12  # best at 4, stale at 8 and 12
     assert progress.best_step == 4
     assert checkpoints(tmp_path / "a" / CHECKPOINTS)[-1].name == "step-000012"
+
+
+def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
+    task, found = Regression(), iter([math.nan, 2.0, math.nan, 3.0, 4.0])
+    first = [lambda: Loss(torch.tensor(9.0), 1, 0)]  # before the first step
+    task.dev_losses = lambda: (
+        first
+        or [  # type: ignore[method-assign]
+            lambda: Loss(torch.tensor(next(found)), 1, 0)
+        ]
+    )
+
+    def after_start(metrics: dict[str, Any]) -> None:
+        first.clear()
+
+    (tmp_path / "a").mkdir()
+    progress = fit(task, settings(steps=100, patience=3), tmp_path / "a", on_step=after_start)
+    assert (progress.best_loss, progress.best_step, progress.step) == (2.0, 8, 20)
+
+
+def test_validation_is_in_the_precision_of_training(tmp_path: Path) -> None:
+    seen: set[tuple[bool, torch.dtype]] = set()
+
+    class Watched(Regression):
+        def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+            seen.add((self.module.training, self.module[0](self.inputs).dtype))
+            return super().loss(batch, epoch)
+
+    run(tmp_path / "a", Watched(), precision="bfloat16")
+    assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}
 
 
 def test_best_weights_are_kept_with_and_without_validation(tmp_path: Path) -> None:

@@ -1,25 +1,30 @@
 """From audio to text with a trained run."""
 
+import contextlib
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import overload
+from typing import Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
+from lhotse.cut import Cut
 
 from isthmus.decoding.beam import FinishReason, Hypothesis, beam_search
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import ASSETS
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import DecodeSettings
-from isthmus.speech.audio import SAMPLE_RATE, load_audio
+from isthmus.speech.audio import SAMPLE_RATE, AudioError, audio_info, load_audio
+from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import collate
 from isthmus.training.runs import load_run
 
 DEFAULT = "default"
-Audio = str | Path | bytes | np.ndarray
+Audio: TypeAlias = str | Path | bytes | np.ndarray | Cut
+Heard = TypeVar("Heard")
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,15 @@ class Transcript:
     score: float  # log-probability of the text divided by its length in tokens
     finish_reason: FinishReason
     duration: float  # seconds of audio
+
+
+@dataclass(frozen=True)
+class Result(Generic[Heard]):
+    """What was heard in the audio at place `index`, or why nothing could be."""
+
+    index: int
+    found: Heard | IsthmusError
+    seconds: float = 0.0  # of computing, its share of the batch's
 
 
 class Transcriber:
@@ -46,22 +60,58 @@ class Transcriber:
     def transcribe(self, audio: list[Audio]) -> list[Transcript]: ...
 
     def transcribe(self, audio: Audio | list[Audio]) -> Transcript | list[Transcript]:
-        """One transcript, or a list for a list; audio is a path, bytes, or 16 kHz samples (S,)."""
-        if isinstance(audio, list):
-            return self.transcribe_waveforms([_waveform(item) for item in audio])
-        return self.transcribe_waveforms([_waveform(audio)])[0]
+        """One transcript, or a list for a list.
 
-    def transcribe_waveforms(self, waveforms: Sequence[np.ndarray]) -> list[Transcript]:
-        """Transcripts of waveforms (S,), 16 kHz mono float32, in the order given."""
-        for number, waveform in enumerate(waveforms):
-            self._check_length(waveform, number)
-        order = sorted(range(len(waveforms)), key=lambda i: len(waveforms[i]))
-        results: dict[int, Transcript] = {}
+        Audio is a path, bytes, 16 kHz samples (S,), or a cut of a corpus. Raises IsthmusError for
+        what cannot be read or is too long; `results` goes on with the others.
+        """
+        items = audio if isinstance(audio, list) else [audio]
+        transcripts: dict[int, Transcript] = {}
+        for result in self.results(items):
+            if isinstance(result.found, IsthmusError):
+                raise result.found
+            transcripts[result.index] = result.found
+        in_order = [transcripts[index] for index in range(len(items))]
+        return in_order if isinstance(audio, list) else in_order[0]
+
+    def results(self, audio: Sequence[Audio]) -> Iterator[Result[Transcript]]:
+        """A transcript or a fault of each, as soon as it is known: the shortest audio first."""
+        return self.each_batch(audio, self._transcribe_batch)
+
+    def each_batch(
+        self, audio: Sequence[Audio], hear: Callable[[list[np.ndarray]], list[Heard]]
+    ) -> Iterator[Result[Heard]]:
+        """What `hear` finds in batches of waveforms (S,) of like length, or the fault of each."""
+        order = sorted(range(len(audio)), key=lambda index: _seconds(audio[index]))
         for start in range(0, len(order), self.settings.batch_size):
-            rows = order[start : start + self.settings.batch_size]
-            transcripts = self._transcribe_batch([waveforms[i] for i in rows])
-            results.update(zip(rows, transcripts, strict=True))
-        return [results[i] for i in range(len(waveforms))]
+            waveforms: dict[int, np.ndarray] = {}
+            for index in order[start : start + self.settings.batch_size]:
+                try:
+                    waveforms[index] = self.load(audio[index])
+                except IsthmusError as error:
+                    yield Result(index, error)
+            if waveforms:
+                started = time.perf_counter()
+                found = hear(list(waveforms.values()))
+                share = (time.perf_counter() - started) / len(waveforms)
+                for index, heard in zip(waveforms, found, strict=True):
+                    yield Result(index, heard, share)
+
+    def load(self, audio: Audio) -> np.ndarray:
+        """The waveform (S,), 16 kHz mono float32, of audio that can be transcribed.
+
+        Raises AudioError where it cannot be read, or is too long to leave the language model room
+        for the longest transcript.
+        """
+        waveform = _waveform(audio)
+        seconds = len(waveform) / SAMPLE_RATE
+        fault = self.model.fault(seconds, self._budget(seconds))
+        if fault:
+            raise AudioError(
+                "too_long",
+                f"{_name(audio)} ({seconds:.1f} s) is too long: {fault}. Cut it into shorter ones.",
+            )
+        return waveform
 
     @torch.inference_mode()
     def _transcribe_batch(self, waveforms: Sequence[np.ndarray]) -> list[Transcript]:
@@ -70,42 +120,24 @@ class Transcriber:
         device = next(model.projector.parameters()).device
         audio = model.embed_audio(batch.waveforms.to(device), batch.num_samples.to(device))
         durations = [len(waveform) / SAMPLE_RATE for waveform in waveforms]
-        prompts = [model.sequence(embeddings)[0] for embeddings in audio]
-        limits = [self._limit(d, len(p)) for d, p in zip(durations, prompts, strict=True)]
         found = beam_search(
             model.llm,
-            prompts,
-            limits,
+            [model.sequence(embeddings)[0] for embeddings in audio],
+            [self._budget(seconds) for seconds in durations],
             model.llm.end_tokens(model.end_token),
             beam_size=settings.beam_size,
             length_penalty=settings.length_penalty,
         )
         return [self._transcript(n[0], d) for n, d in zip(found, durations, strict=True)]
 
-    def _limit(self, seconds: float, prompt: int) -> int:
-        """Tokens that a transcript may have: by duration, and by the model's longest sequence."""
-        limit = math.ceil(seconds * self.settings.tokens_per_second) + self.settings.extra_tokens
-        longest = self.model.llm.max_tokens
-        room = limit if longest is None else longest - prompt
-        if room < 1:
-            raise IsthmusError(
-                f"An utterance of {seconds:.1f} s fills the LLM's {longest} positions. "
-                "Cut it into shorter ones."
-            )
-        return min(limit, room)
+    def _budget(self, seconds: float) -> int:
+        """Tokens that a transcript may have, its end token among them."""
+        return math.ceil(seconds * self.settings.tokens_per_second) + self.settings.extra_tokens
 
     def _transcript(self, best: Hypothesis, seconds: float) -> Transcript:
         text = self.model.llm.tokenizer.decode(best.tokens, skip_special_tokens=True)
         assert isinstance(text, str)
         return Transcript(text.strip(), best.score, best.finish_reason, seconds)
-
-    def _check_length(self, waveform: np.ndarray, number: int) -> None:
-        limit = self.model.encoder.max_seconds
-        if limit is not None and len(waveform) > limit * SAMPLE_RATE:
-            raise IsthmusError(
-                f"Utterance {number} is {len(waveform) / SAMPLE_RATE:.1f} s long, the encoder "
-                f"takes {limit:g} s. Cut it into shorter ones."
-            )
 
 
 def load(
@@ -131,8 +163,28 @@ def run_folder(run: str | Path) -> Path:
 
 
 def _waveform(audio: Audio) -> np.ndarray:
+    if isinstance(audio, Cut):
+        return load_cut(audio)
     if isinstance(audio, np.ndarray):
         if audio.ndim != 1 or not len(audio):
             raise IsthmusError(f"Samples must have shape (S,), 16 kHz mono; got {audio.shape}.")
         return audio.astype(np.float32, copy=False)
     return load_audio(audio)
+
+
+def _seconds(audio: Audio) -> float:
+    """Its length as far as that is known without decoding, to sort by; 0 if it is not."""
+    if isinstance(audio, Cut):
+        return float(audio.duration)
+    if isinstance(audio, np.ndarray):
+        return audio.size / SAMPLE_RATE
+    with contextlib.suppress(AudioError):
+        return audio_info(audio).duration
+    return 0.0
+
+
+def _name(audio: Audio) -> str:
+    """What an error calls it."""
+    if isinstance(audio, Cut):
+        return f"utterance {audio.id!r}"
+    return str(audio) if isinstance(audio, str | Path) else "the audio"

@@ -125,7 +125,7 @@ class ConformerCTC(nn.Module):
             raise IsthmusError(f"{folder / FRONT_END_FILE} is damaged: {error}") from error
         network = load_network(AutoModelForCTC, folder, str(folder))
         with loading(str(folder)):
-            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, trust_remote_code=False)
         return cls(network, tokenizer, front_end)
 
     @classmethod
@@ -150,7 +150,8 @@ class ConformerCTC(nn.Module):
             pad_token_id=tokenizer.pad_token_id,
             ctc_loss_reduction="sum",
         )
-        return cls(AutoModelForCTC.from_config(config), tokenizer, front_end)
+        network = AutoModelForCTC.from_config(config, trust_remote_code=False)
+        return cls(network, tokenizer, front_end)
 
 
 def subsampled_length(encoder_config: Any, num_features: int) -> int:

@@ -317,4 +317,4 @@ def _checked_folder(settings: PretrainedSettings, types: set[str]) -> Path:
 def _extractor(settings: PretrainedSettings, folder: Path) -> Any:
     """The model's own front end as transformers has it; a recipe never repeats its numbers."""
     with loading(settings.path):
-        return AutoFeatureExtractor.from_pretrained(folder)
+        return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)

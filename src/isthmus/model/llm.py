@@ -1,5 +1,6 @@
 """The language model: any causal model of transformers, frozen, with LoRA, or trained whole."""
 
+import logging
 import warnings
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,11 +24,14 @@ from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
     Tune,
+    choose_device,
     load_network,
     loading,
     resolve,
     save_half,
 )
+
+log = logging.getLogger(__name__)
 
 
 class LoraSettings(PartSettings):
@@ -44,7 +48,7 @@ class LLMSettings(PretrainedSettings):
 
     tune: Tune = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto is the model's own."""
+    """Precision of the weights; auto is the model's own, but not float16 in a frozen model."""
     lora: LoraSettings = LoraSettings()
     """Used with `tune: lora`."""
 
@@ -53,8 +57,10 @@ class LLMSettings(PretrainedSettings):
             warnings.warn(f"llm.lora is ignored with tune: {self.tune}.", stacklevel=2)
         folder = resolve(self.path, self.revision)
         network = load_network(AutoModelForCausalLM, folder, self.path, self.dtype)
+        if self.dtype == "auto" and self.tune != "full" and network.dtype == torch.float16:
+            _leave_float16(network, self.path)
         with loading(self.path):
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         if self.tune == "lora":
             _add_lora(network, self.lora)
         return LLM(network, tokenizer)
@@ -108,6 +114,19 @@ class LLM(nn.Module):
         return logits.float()
 
 
+def _leave_float16(network: Any, path: str) -> None:
+    """Gradients that pass through a frozen model must not leave the range of its numbers."""
+    device = choose_device().type
+    network.to(torch.float32 if device == "cpu" else torch.bfloat16)
+    log.info(
+        "%s is stored in float16, in which the projector's gradients would over- and underflow: "
+        "on %s it is held in %s. Set llm.dtype to choose.",
+        path,
+        device,
+        str(network.dtype).removeprefix("torch."),
+    )
+
+
 def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:
     """Adapters into the layers of `network`; nothing else of it stays trainable."""
     from peft import LoraConfig  # takes seconds to import
@@ -151,7 +170,7 @@ class LLMArchitecture(PartSettings):
             tie_word_embeddings=True,
             **self.model_dump(),
         )
-        return LLM(AutoModelForCausalLM.from_config(config), tokenizer)
+        return LLM(AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer)
 
 
 CHAT_TEMPLATE = (

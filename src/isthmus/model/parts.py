@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -48,6 +48,10 @@ class PretrainedSettings(PartSettings):
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face repository."""
 
+    def at(self, commit: str | None) -> Self:
+        """These settings with the commit that a run recorded, if it did."""
+        return self.model_copy(update={"revision": commit}) if commit else self
+
 
 @dataclass(frozen=True)
 class Source:
@@ -55,7 +59,7 @@ class Source:
 
     name: str
     commit: str | None
-    sha256: dict[str, str]  # weight file -> checksum
+    sha256: dict[str, str]  # file -> checksum
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +67,8 @@ class Source:
 
 def resolve(path: str, revision: str | None = None) -> Path:
     """Folder with the files of model `path`, downloaded if it is a Hugging Face name.
+
+    `revision` is a branch, a tag or the commit of a Source; folders and shipped models have none.
 
     Raises IsthmusError when the folder holds no configuration or no safetensors weights.
     """
@@ -109,11 +115,11 @@ def _download(path: str, revision: str | None) -> Path:
 
 
 def source(path: str, revision: str | None = None) -> Source:
-    """Name, commit and checksums of the weights of model `path`."""
+    """Name, commit and checksums of all files of model `path` that can change what it does."""
     folder = resolve(path, revision)
-    weights = sorted(folder.glob("*.safetensors"))
+    files = sorted({file for kind in READ_FILES for file in folder.glob(kind) if file.is_file()})
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    return Source(path, commit, {file.name: sha256(file) for file in weights})
+    return Source(path, commit, {file.name: sha256(file) for file in files})
 
 
 def sha256(file: Path) -> str:
@@ -144,7 +150,11 @@ def load_network(auto: Any, folder: Path, path: str, dtype: str = "auto") -> Any
     """
     with loading(path):
         network, info = auto.from_pretrained(
-            folder, use_safetensors=True, dtype=dtype, output_loading_info=True
+            folder,
+            use_safetensors=True,
+            trust_remote_code=False,
+            dtype=dtype,
+            output_loading_info=True,
         )
     missing = {name for name in info["missing_keys"] if name.split(".")[-1] not in SPARE_WEIGHTS}
     if missing:

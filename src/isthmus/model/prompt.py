@@ -11,6 +11,7 @@ are any of transformers'; most of their methods have no types.
 import re
 from abc import abstractmethod
 from dataclasses import dataclass
+from datetime import date
 from enum import Enum
 from typing import Any, Literal
 
@@ -22,6 +23,14 @@ from isthmus.model.parts import PartSettings
 INSTRUCTION = "Transcribe speech to text."  # SLAM-ASR, section 3.2
 SYSTEM_MARK, AUDIO_MARK = "<<system>>", "<<audio>>"  # stand in for what a chat template is given
 INSTRUCTION_MARK, REPLY_MARK = "<<instruction>>", "<<reply>>"
+DATE = date(2024, 7, 26)  # of every prompt: Llama 3's own where it is given none
+# Put before a chat template, this hides transformers' clock: a model must be asked in decoding, on
+# any day, what it was asked in training. The newline is the one that jinja drops behind a block.
+STOPPED_CLOCK = (
+    "{% macro strftime_now(format) %}{{ format | replace('%-', '%')"
+    + "".join(f" | replace('%{letter}', '{DATE:%{letter}}')" for letter in "aAbBcdDeFHIjmMpSTxXyY")
+    + " }}{% endmacro %}\n"
+)
 
 
 class Kind(Enum):
@@ -145,7 +154,11 @@ class ChatPrompt(Prompt):
         try:
             text = str(
                 tokenizer.apply_chat_template(
-                    turns, tokenize=False, add_generation_prompt=not with_reply
+                    turns,
+                    chat_template=STOPPED_CLOCK + tokenizer.get_chat_template(),
+                    tokenize=False,
+                    add_generation_prompt=not with_reply,
+                    date_string=f"{DATE:%d %b %Y}",
                 )
             )
         except TemplateError as error:

@@ -49,6 +49,9 @@ class SpeechLLM(nn.Module):
         self.tune: dict[str, Tune] = {"encoder": "frozen", "llm": "frozen", **(tune or {})}
         for part in self.frozen_parts():
             freeze(part)
+        for name, part in self.named_children():
+            if self.tune.get(name) == "full":
+                part.float()  # buffers too: batch norm takes no mixture
         for parameter in self.trainable().values():
             parameter.data = parameter.data.float()  # small steps get lost in half precision
         self.end_token = prompt.end_token(llm.tokenizer)

@@ -18,6 +18,7 @@ import kaldialign
 import numpy as np
 from numpy.typing import NDArray
 
+from isthmus.errors import IsthmusError
 from isthmus.scoring.normalise import normaliser as find_normaliser
 from isthmus.scoring.texts import read_texts
 
@@ -253,19 +254,19 @@ def score(
         resamples: corpora drawn for the intervals; 0 gives no intervals.
 
     Raises:
-        ValueError: ids differ (they are named), or an option has no such value.
+        IsthmusError: ids differ (they are named), or an option has no such value.
     """
     if missing not in ("error", "empty"):
-        raise ValueError(f"missing={missing!r}: give 'error' or 'empty'.")
+        raise IsthmusError(f"missing={missing!r}: give 'error' or 'empty'.")
     extra = [id for id in hypotheses if id not in references]
     if extra:
-        raise ValueError(
+        raise IsthmusError(
             f"{len(extra)} of {len(hypotheses)} hypotheses have no reference: {_named(extra)}. "
             f"Score the set the hypotheses belong to, or remove them."
         )
     absent = [id for id in references if id not in hypotheses]
     if absent and missing == "error":
-        raise ValueError(
+        raise IsthmusError(
             f"{len(absent)} of {len(references)} references have no hypothesis: {_named(absent)}. "
             f"Decode them, or give missing='empty' to count their words as deleted."
         )
@@ -291,7 +292,7 @@ def score_sets(
     those of `score`.
 
     Raises:
-        ValueError: as `score`, with the set named first.
+        IsthmusError: as `score`, with the set named first.
     """
     scores: dict[str, Score] = {}
     for name, (references, hypotheses) in sets.items():
@@ -304,8 +305,8 @@ def score_sets(
                 seed=seed,
                 resamples=resamples,
             )
-        except ValueError as error:
-            raise ValueError(f"set {name!r}: {error}") from error
+        except IsthmusError as error:
+            raise IsthmusError(f"set {name!r}: {error}") from error
     utterances = [
         replace(utterance, id=f"{name}/{utterance.id}")
         for name, part in scores.items()
@@ -328,7 +329,7 @@ def resampled_rates(
         (K, R) with R <= `resamples`: draws in which some total is 0 have no rate and are left out.
     """
     if resamples < 0:
-        raise ValueError(f"resamples={resamples}: give 0 (no interval) or more, usually 1000.")
+        raise IsthmusError(f"resamples={resamples}: give 0 (no interval) or more, usually 1000.")
     generator = np.random.default_rng(seed)
     number = errors.shape[1]
     rates: list[NDArray[np.float64]] = []

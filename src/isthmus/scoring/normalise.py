@@ -5,12 +5,13 @@ normaliser, but a normalised hypothesis can never be made raw again. Error rates
 under the same normaliser, so every score names the one it used.
 """
 
-import difflib
 import importlib
 import unicodedata
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MappingProxyType
+
+from isthmus.errors import IsthmusError, suggest
 
 Normaliser = Callable[[str], str]
 
@@ -93,16 +94,15 @@ def normaliser(name: str) -> Normaliser:
     after it. Importing its module runs that module, so name only modules you trust.
 
     Raises:
-        ValueError: no such name, module or callable; the message suggests the nearest name.
+        IsthmusError: no such name, module or callable; the message suggests the nearest name.
     """
     if name in NORMALISERS:
         return NORMALISERS[name]
     if ":" in name:
         return _imported(name)
-    nearest = difflib.get_close_matches(name, NORMALISERS, n=1, cutoff=0.4)
-    hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
-    raise ValueError(
-        f"unknown normaliser {name!r}. {hint}Known: {', '.join(NORMALISERS)}, or module:callable."
+    raise IsthmusError(
+        f"unknown normaliser {name!r}.{suggest(name, NORMALISERS)} "
+        f"Known: {', '.join(NORMALISERS)}, or module:callable."
     )
 
 
@@ -110,13 +110,13 @@ def _imported(name: str) -> Normaliser:
     module_name, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
+    except Exception as error:  # of whatever the module does when it runs
+        raise IsthmusError(
             f"normaliser {name!r} cannot be imported: {error}. "
             f"Give module:callable, with the module on Python's path."
         ) from error
     if not callable(found):
-        raise ValueError(
+        raise IsthmusError(
             f"normaliser {name!r} is a {type(found).__name__}, not callable. "
             f"Name a function of one text that gives the normalised text."
         )
@@ -124,7 +124,7 @@ def _imported(name: str) -> Normaliser:
     def folded(text: str) -> str:
         result = found(text)
         if not isinstance(result, str):
-            raise ValueError(
+            raise IsthmusError(
                 f"normaliser {name!r} gave {type(result).__name__} for {text!r}; it must give str."
             )
         return _fold(result)

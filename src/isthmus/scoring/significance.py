@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from isthmus.errors import IsthmusError
 from isthmus.scoring.error_rate import Interval, Score, percentile_interval, resampled_rates
 
 
@@ -29,7 +30,7 @@ def paired_bootstrap(
     cancels out; two overlapping intervals of single systems do not show that they are equal.
 
     Raises:
-        ValueError: the scores are of different utterances, references or normalisers, or hold no
+        IsthmusError: the scores are of different utterances, references or normalisers, or hold no
             reference words.
     """
     texts_a, texts_b = (
@@ -38,15 +39,15 @@ def paired_bootstrap(
     )
     different = [id for id in texts_a | texts_b if texts_a.get(id) != texts_b.get(id)]
     if score_a.normaliser != score_b.normaliser or different:
-        raise ValueError(
+        raise IsthmusError(
             f"the two scores cannot be paired: normalisers {score_a.normaliser!r} and "
             f"{score_b.normaliser!r}, {len(different)} utterances differ in id or reference "
             f"({', '.join(different[:5]) or 'none'}). Score both systems on one reference file."
         )
     if resamples < 1:
-        raise ValueError(f"resamples={resamples}: give at least 1, usually 10000.")
+        raise IsthmusError(f"resamples={resamples}: give at least 1, usually 10000.")
     if score_a.wer is None or score_b.wer is None:
-        raise ValueError("the two scores cannot be compared: their references hold no words.")
+        raise IsthmusError("the two scores cannot be compared: their references hold no words.")
     counts_b = {utterance.id: utterance.counts for utterance in score_b.utterances}
     pairs = [(utterance.counts, counts_b[utterance.id]) for utterance in score_a.utterances]
     errors = np.array([[a.errors, b.errors] for a, b in pairs], dtype=np.int64).T  # (2, N)
@@ -55,7 +56,7 @@ def paired_bootstrap(
     differences = rates[0] - rates[1]  # (R,)
     interval = percentile_interval(differences)
     if interval is None:
-        raise ValueError(f"none of {resamples} draws held a reference word. Raise resamples.")
+        raise IsthmusError(f"none of {resamples} draws held a reference word. Raise resamples.")
     # One is added so that no finite number of draws claims a p-value of 0.
     tail = min(np.sum(differences <= 0), np.sum(differences >= 0)) + 1
     p_value = min(1.0, 2 * float(tail) / (len(differences) + 1))

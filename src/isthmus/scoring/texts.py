@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from isthmus.errors import IsthmusError
+
 Form: TypeAlias = Literal["auto", "json", "tsv", "kaldi", "lines"]
 Role: TypeAlias = Literal["reference", "hypothesis"]
 
@@ -35,14 +37,16 @@ def read_texts(
             where several are.
 
     Raises:
-        ValueError: a line is not of its form or an id comes twice; the message names file:line.
+        IsthmusError: a line is not of its form or an id comes twice; the message names file:line.
         OSError: the file cannot be read.
     """
     path = Path(path)
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}). Convert it, e.g. by iconv.") from error
+        raise IsthmusError(
+            f"{path}: not UTF-8 text ({error}). Convert it, e.g. by iconv."
+        ) from error
     if lines[-1] == "":
         lines.pop()  # what stands after the last newline is no line
     found = _form(path, lines) if form == "auto" else form
@@ -53,12 +57,12 @@ def read_texts(
     elif found in ("tsv", "kaldi"):
         entries = _split_entries(path, lines, "\t" if found == "tsv" else None)
     else:
-        raise ValueError(f"form={form!r}: give auto, json, tsv, kaldi or lines.")
+        raise IsthmusError(f"form={form!r}: give auto, json, tsv, kaldi or lines.")
     texts: dict[str, str] = {}
     first_lines: dict[str, int] = {}
     for number, id, text in entries:
         if id in texts:
-            raise ValueError(
+            raise IsthmusError(
                 f"{path}:{number}: utterance id {id!r} stands in line {first_lines[id]} already. "
                 f"Give every utterance one line."
             )
@@ -87,11 +91,11 @@ def _split_entries(path: Path, lines: list[str], separator: str | None) -> Itera
         if not line.strip():
             continue
         if separator and separator not in line:
-            raise ValueError(f"{path}:{number}: no tab in {line!r}. Write id<tab>text.")
+            raise IsthmusError(f"{path}:{number}: no tab in {line!r}. Write id<tab>text.")
         id, *rest = line.split(separator, 1)
         text = rest[0].strip() if rest else ""
         if not id.strip():
-            raise ValueError(f"{path}:{number}: no utterance id before the tab in {line!r}.")
+            raise IsthmusError(f"{path}:{number}: no utterance id before the tab in {line!r}.")
         if separator and number == 1 and (id.strip(), text) == ("id", "text"):
             continue
         yield number, id.strip(), text
@@ -104,13 +108,13 @@ def _json_entries(path: Path, lines: list[str], role: Role | None) -> Iterator[_
         where = f"{path}:{number}"
         try:
             item = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}). Write one object a line.") from error
+        except (ValueError, RecursionError) as error:
+            raise IsthmusError(f"{where}: not JSON ({error}). Write one object a line.") from error
         if not isinstance(item, dict) or not isinstance(item.get("id"), str | int):
-            raise ValueError(f"{where}: no object with an `id` of letters or digits: {line!r}.")
+            raise IsthmusError(f"{where}: no object with an `id` of letters or digits: {line!r}.")
         text = item[_field(item, role, where)]
         if not isinstance(text, str):
-            raise ValueError(f"{where}: the text of {item['id']!r} is {text!r}, not a string.")
+            raise IsthmusError(f"{where}: the text of {item['id']!r} is {text!r}, not a string.")
         yield number, str(item["id"]), text
 
 
@@ -118,12 +122,12 @@ def _field(item: dict[str, object], role: Role | None, where: str) -> str:
     names = _FIELDS[role or "hypothesis"]
     present = [name for name in names if name in item]
     if not present:
-        raise ValueError(
+        raise IsthmusError(
             f"{where}: utterance {item['id']!r} has none of the fields {', '.join(names)}; "
             f"it has {', '.join(item)}."
         )
     if role is None and len(present) > 1:
-        raise ValueError(
+        raise IsthmusError(
             f"{where}: utterance {item['id']!r} has the fields {' and '.join(present)}. "
             f"Say which text is meant: role='reference' or role='hypothesis'."
         )

@@ -100,6 +100,7 @@ def audio_info(source: str | Path | bytes | BinaryIO) -> AudioInfo:
             num_frames = sum(len(block) for block in reader.blocks(0.0, None))
         if num_frames == 0:
             raise _nothing(reader, 0.0)
+        reader.check_complete()
         return AudioInfo(num_frames / reader.sample_rate, reader.sample_rate, reader.channels)
 
 

@@ -13,10 +13,10 @@ import soxr
 from numpy.fft import irfft, rfft
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 
+from isthmus.speech.audio import SAMPLE_RATE
+
 if TYPE_CHECKING:  # features are torch tensors, but waveforms must not cost the import of torch
     from torch import Tensor
-
-SAMPLE_RATE = 16_000
 
 Rng = np.random.Generator
 Probability = Annotated[float, Field(ge=0, le=1)]

@@ -1,21 +1,30 @@
 """Corpora of any known format as lhotse CutSets, and what is wrong in them."""
 
+import os
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lhotse import CutSet
 from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
 from isthmus.speech.audio import AudioError, audio_info
-from isthmus.speech.cuts import FAULT, ORIGIN, lhotse_cut, load_cut, to_cut
-from isthmus.speech.formats import json_rows, read_lines, recognise
-from isthmus.speech.utterances import UtteranceBuilder, expand_path
+from isthmus.speech.cuts import FAULT, ORIGIN, check_header, lhotse_cut, load_cut, to_cut
+from isthmus.speech.formats import read_lines, recognise
+from isthmus.speech.utterances import (
+    Fault,
+    Line,
+    UtteranceBuilder,
+    expand_path,
+    find_corpus,
+    same_id,
+)
 
 __all__ = [
     "CorpusReport",
@@ -23,12 +32,12 @@ __all__ = [
     "check_corpus",
     "expand_path",
     "load_cut",
-    "read_corpora",
     "read_corpus",
     "usable",
 ]
 
 MAX_CHARACTERS_PER_SECOND = 40  # fast speech has 20 to 25
+DecodeAudio = bool | Literal["header"]  # what a check does with the audio
 _SHOWN = 5  # rejections quoted in an error or a report for people
 # Marks that turn the direction of text around: invisible, and no part of a transcript.
 _DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
@@ -40,41 +49,28 @@ def read_corpus(path: str | Path) -> CutSet:
     Known: isthmus, NeMo and SLAM-LLM JSON lines, lhotse cuts, Kaldi folders, tables, and folders
     of audio with transcripts (see `isthmus.speech.formats`). Audio is opened only where the
     manifest lacks a duration or names a part. A line that cannot be right becomes a cut that
-    `check_corpus` rejects. Raises IsthmusError for an unknown format and an id that comes twice.
+    `check_corpus` rejects. Raises IsthmusError for an unknown format, and where no line can be
+    read.
     """
-    path = expand_path(path)
+    path = find_corpus(path)
     form = recognise(path)
     builder = UtteranceBuilder(probe=lru_cache(maxsize=4096)(audio_info))
-    cuts: list[Cut] = []
-    if form == "lhotse":
-        for number, item in json_rows(path):
-            cut = lhotse_cut(item, path, number)
-            builder.claim(cut.id, f"{path}:{number}")
-            cuts.append(cut)
-    else:
-        for line in read_lines(path, form):
-            utterance = builder.build(line.row, line.base, line.origin, position=line.position)
-            cuts.append(to_cut(utterance))
+    cuts = [_cut(line, form, builder) for line in read_lines(path, form)]
     if not cuts:
         raise IsthmusError(f"{path}: there is no utterance in it. Name a corpus that has some.")
+    faults = [_line_fault(cut) for cut in cuts]
+    if faults[0] and all(fault and fault[0] == "bad_line" for fault in faults):
+        raise IsthmusError(faults[0][1])
     return CutSet.from_cuts(cuts)
 
 
-def read_corpora(paths: Sequence[str | Path]) -> CutSet:
-    """All corpora as one CutSet; raises IsthmusError when two of them share an id."""
-    seen: dict[str, str] = {}
-    cuts: list[Cut] = []
-    for path in paths:
-        for cut in read_corpus(path):
-            origin = _origin(cut) or str(path)
-            if cut.id in seen:
-                raise IsthmusError(
-                    f"{origin}: the id {cut.id!r} stands at {seen[cut.id]} already. Ids must be "
-                    "unique over all corpora: rename one, or name the corpus once only."
-                )
-            seen[cut.id] = origin
-            cuts.append(cut)
-    return CutSet.from_cuts(cuts)
+def _cut(line: Line, form: str, builder: UtteranceBuilder) -> Cut:
+    if form == "lhotse" and not line.fault:
+        try:
+            return lhotse_cut(line)
+        except IsthmusError as error:
+            line = line.broken(str(error))
+    return to_cut(builder.build(line))
 
 
 @dataclass(frozen=True)
@@ -127,16 +123,18 @@ class CorpusReport:
 def check_corpus(
     cuts: CutSet,
     *,
-    decode_audio: bool = True,
+    decode_audio: DecodeAudio = True,
     max_seconds: float | None = None,
     require_text: bool = True,
 ) -> CorpusReport:
     """Check each utterance and count; one reason for each that cannot be used.
 
-    Reasons: the codes of `AudioError`, and bad_duration, bad_id, bad_text (control characters,
-    bytes that are no UTF-8, no string), duplicate_id, empty_text (nothing to say), no_text,
-    too_fast (above 40 characters a second) and too_long (above `max_seconds`).
-    `decode_audio=False` trusts the audio files. `require_text=False` accepts a missing transcript.
+    Reasons: the codes of `AudioError`, and bad_duration, bad_id, bad_line (cannot be read),
+    bad_text (control characters, bytes that are no UTF-8, no string), duplicate_id, empty_text
+    (nothing to say), no_text, too_fast (above 40 characters a second) and too_long (above
+    `max_seconds`). Of utterances with the same id the first one is good.
+    `decode_audio="header"` asks of the audio only that it is there, complete by its header and of
+    the right duration; `False` trusts it. `require_text=False` accepts a missing transcript.
     """
     return _check(cuts, decode_audio, max_seconds, require_text)[1]
 
@@ -145,7 +143,7 @@ def usable(
     cuts: CutSet,
     *,
     max_bad_fraction: float,
-    decode_audio: bool = True,
+    decode_audio: DecodeAudio = True,
     max_seconds: float | None = None,
     require_text: bool = True,
 ) -> tuple[CutSet, CorpusReport]:
@@ -167,38 +165,39 @@ def usable(
 
 
 def _check(
-    cuts: CutSet, decode_audio: bool, max_seconds: float | None, require_text: bool
+    cuts: CutSet, decode_audio: DecodeAudio, max_seconds: float | None, require_text: bool
 ) -> tuple[list[Cut], CorpusReport]:
-    good: list[Cut] = []
-    bad: list[Rejection] = []
+    items = list(cuts)
     seen: dict[str, str] = {}
-    for cut in cuts:
-        faults = _faults(cut, seen, decode_audio, max_seconds, require_text)
-        found = next(faults, None)
+    found: list[Fault | None] = []
+    for cut in items:
+        found.append(next(_faults(cut, seen, max_seconds, require_text), None))
         seen.setdefault(cut.id, _origin(cut))
-        if found is None:
-            good.append(cut)
-        else:
-            bad.append(Rejection(str(cut.id), found[0], found[1]))
+    if decode_audio:
+        fault_of = partial(_audio_fault, check_header if decode_audio == "header" else load_cut)
+        unheard = [index for index, fault in enumerate(found) if fault is None]
+        # Decoders release the interpreter's lock, so threads are enough.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            heard = pool.map(fault_of, [items[index] for index in unheard])
+            for index, fault in zip(unheard, heard, strict=True):
+                found[index] = fault
+    good = [cut for cut, fault in zip(items, found, strict=True) if fault is None]
+    bad = [Rejection(str(cut.id), *fault) for cut, fault in zip(items, found, strict=True) if fault]
     return good, _report(good, bad)
 
 
 def _faults(
-    cut: Cut,
-    seen: dict[str, str],
-    decode_audio: bool,
-    max_seconds: float | None,
-    require_text: bool,
-) -> Iterator[tuple[str, str]]:
-    """(code, message) of what is wrong with a cut, the cheap checks first."""
-    where = f"{_origin(cut)}: utterance {cut.id!r}" if _origin(cut) else f"utterance {cut.id!r}"
+    cut: Cut, seen: dict[str, str], max_seconds: float | None, require_text: bool
+) -> Iterator[Fault]:
+    """What is wrong with a cut but for its audio; `seen` is where ids stood before."""
+    where = _where(cut)
     if cut.id in seen:
-        yield "duplicate_id", f"{where} has the id of another one at {seen[cut.id]}. Rename it."
+        yield "duplicate_id", f"{where} {same_id(seen[cut.id])}"
     if not cut.id.strip() or not cut.id.isprintable() or ".." in Path(cut.id).parts:
         yield "bad_id", f"{where} has an id that can name no file. Give it a plain one."
-    fault = (getattr(cut, "custom", None) or {}).get(FAULT)
-    if fault:
-        yield fault[0], fault[1]
+    known = _line_fault(cut)
+    if known:
+        yield known
     for code, what in _text_faults(cut, require_text):
         yield code, f"{where} {what}"
     if not cut.duration > 0:
@@ -209,14 +208,17 @@ def _faults(
             f"{where} lasts {cut.duration:.2f} s; the limit is {max_seconds:g} s. "
             "Cut it up, or raise the limit.",
         )
-    if decode_audio:
-        try:
-            load_cut(cut)
-        except AudioError as error:
-            yield error.code, f"{where} cannot be loaded: {error}"
 
 
-def _text_faults(cut: Cut, require_text: bool) -> Iterator[tuple[str, str]]:
+def _audio_fault(check: Callable[[Cut], object], cut: Cut) -> Fault | None:
+    try:
+        check(cut)
+    except AudioError as error:
+        return error.code, f"{_where(cut)} cannot be loaded: {error}"
+    return None
+
+
+def _text_faults(cut: Cut, require_text: bool) -> Iterator[Fault]:
     text = cut.supervisions[0].text if cut.supervisions else None
     if text is None:
         if require_text:
@@ -264,6 +266,20 @@ def _report(good: list[Cut], bad: list[Rejection]) -> CorpusReport:
     )
 
 
+def _where(cut: Cut) -> str:
+    origin = _origin(cut)
+    return f"{origin}: utterance {cut.id!r}" if origin else f"utterance {cut.id!r}"
+
+
 def _origin(cut: Cut) -> str:
-    custom: dict[str, Any] = getattr(cut, "custom", None) or {}
-    return str(custom.get(ORIGIN, ""))
+    return str(_custom(cut).get(ORIGIN, ""))
+
+
+def _line_fault(cut: Cut) -> Fault | None:
+    """What is wrong with the line of the manifest that a cut came from."""
+    fault = _custom(cut).get(FAULT)
+    return (fault[0], fault[1]) if fault else None
+
+
+def _custom(cut: Cut) -> dict[str, Any]:
+    return getattr(cut, "custom", None) or {}

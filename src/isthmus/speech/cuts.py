@@ -9,9 +9,15 @@ from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
 
 from isthmus.errors import IsthmusError
-from isthmus.speech.audio import DURATION_TOLERANCE, SAMPLE_RATE, AudioError, load_audio
+from isthmus.speech.audio import (
+    DURATION_TOLERANCE,
+    SAMPLE_RATE,
+    AudioError,
+    audio_info,
+    load_audio,
+)
 from isthmus.speech.formats import beside_or_here
-from isthmus.speech.utterances import Utterance
+from isthmus.speech.utterances import Line, Utterance
 
 # Custom fields that isthmus adds to a cut: the line it came from, and what is wrong with that line.
 ORIGIN, FAULT = "isthmus_origin", "isthmus_fault"
@@ -52,29 +58,31 @@ def to_cut(utterance: Utterance) -> MonoCut:
     )
 
 
-def lhotse_cut(item: dict[str, Any], manifest: Path, number: int) -> Cut:
-    """The cut of one line of a lhotse manifest; raises IsthmusError for other items."""
-    origin = f"{manifest}:{number}"
+def lhotse_cut(line: Line) -> Cut:
+    """The cut of one line of a lhotse manifest.
+
+    Raises IsthmusError for other items; its message leaves the place to the caller.
+    """
     try:
-        cut = deserialize_item(item)
+        cut = deserialize_item(line.row)
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise IsthmusError(f"{origin}: lhotse cannot read this line ({error!r}).") from error
+        raise IsthmusError(f"lhotse cannot read this line ({error!r}).") from error
     if not isinstance(cut, Cut):
         raise IsthmusError(
-            f"{origin}: a {type(cut).__name__} where a cut was expected. Join recordings and "
-            "supervisions with `lhotse cut simple`."
+            f"a {type(cut).__name__} where a cut was expected. Join recordings and supervisions "
+            "with `lhotse cut simple`."
         )
     if len(cut.supervisions) > 1:
         raise IsthmusError(
-            f"{origin}: cut {cut.id!r} holds {len(cut.supervisions)} supervisions; an utterance "
-            "has one. Split it with `lhotse cut trim-to-supervisions`."
+            f"cut {cut.id!r} holds {len(cut.supervisions)} supervisions; an utterance has one. "
+            "Split it with `lhotse cut trim-to-supervisions`."
         )
     if isinstance(cut, MonoCut):
-        cut.custom = {**(cut.custom or {}), ORIGIN: origin}
+        cut.custom = {**(cut.custom or {}), ORIGIN: line.origin}
         for source in cut.recording.sources if cut.has_recording else ():
             if source.type == "file":
                 path = beside_or_here(source.source, Path())
-                here = Path(path) if Path(path).exists() else manifest.parent / source.source
+                here = Path(path) if Path(path).exists() else line.base / source.source
                 source.source = str(here)
     return cut
 
@@ -88,26 +96,43 @@ def load_cut(cut: Cut) -> np.ndarray:
     custom = getattr(cut, "custom", None) or {}
     if FAULT in custom:
         raise IsthmusError(custom[FAULT][1])
-    source = _source(cut)
-    recording = cut.recording
-    is_whole = cut.start == 0 and recording.duration - cut.duration <= DURATION_TOLERANCE
-    # A little more of a whole recording, to notice a file longer than its manifest says.
-    margin = 4 * DURATION_TOLERANCE if is_whole else 0.0
     waveform = load_audio(
-        source,
+        _source(cut),
         start=cut.start,
-        duration=cut.duration + margin,
-        channel=cut.channel if recording.num_channels > 1 else None,
+        duration=cut.duration + _margin(cut),
+        channel=cut.channel if cut.recording.num_channels > 1 else None,
     )
-    decoded = len(waveform) / SAMPLE_RATE
-    if abs(decoded - cut.duration) > DURATION_TOLERANCE:
-        at_least = "at least " if decoded > cut.duration else ""
+    _check_duration(cut, len(waveform) / SAMPLE_RATE)
+    return waveform
+
+
+def check_header(cut: Cut) -> None:
+    """What can be said of a cut's audio without decoding it; raises AudioError as `load_cut`."""
+    source = _source(cut)
+    held = audio_info(source).duration - cut.start
+    if held <= 0:
+        raise AudioError(
+            "past_end",
+            f"{_shown(source)}: start {cut.start} s lies behind the end of {held + cut.start} s. "
+            "Correct the start.",
+        )
+    _check_duration(cut, min(held, cut.duration + _margin(cut)))
+
+
+def _margin(cut: Cut) -> float:
+    """Seconds to read beyond a whole recording, to notice one longer than its manifest says."""
+    is_whole = cut.start == 0 and cut.recording.duration - cut.duration <= DURATION_TOLERANCE
+    return 4 * DURATION_TOLERANCE if is_whole else 0.0
+
+
+def _check_duration(cut: Cut, held: float) -> None:
+    if abs(held - cut.duration) > DURATION_TOLERANCE:
+        at_least = "at least " if held > cut.duration else ""
         raise AudioError(
             "wrong_duration",
-            f"{_shown(source)}: holds {at_least}{decoded:.3f} s, but the manifest says "
+            f"{_shown(_source(cut))}: holds {at_least}{held:.3f} s, but the manifest says "
             f"{cut.duration:.3f} s. Correct the duration, or leave it out to have it measured.",
         )
-    return waveform
 
 
 def _source(cut: Cut) -> str | bytes:

@@ -6,14 +6,16 @@ folders. The format is recognised by content, never by the name of the corpus.
 
 import csv
 import gzip
+import itertools
 import json
+import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from isthmus.errors import IsthmusError
-from isthmus.speech.utterances import Row
+from isthmus.speech.utterances import Line, Row, same_id
 
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
@@ -34,16 +36,7 @@ JSON_FORMATS = {
     "folder": {"file_name": "audio", "transcription": "text"},
     "slam-llm": {"source": "audio", "key": "id", "target": "text"},
 }
-
-
-@dataclass(frozen=True)
-class Line:
-    """One row, the folder its relative path starts at, where it stands and its number from 1."""
-
-    row: Row
-    base: Path
-    origin: str
-    position: int
+_TELLING_LINES = 100  # that may be bad before one tells the format
 
 
 def open_text(path: Path) -> TextIO:
@@ -64,25 +57,26 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield number, line.rstrip("\r\n")
-        except (EOFError, OSError) as error:
+        except (EOFError, OSError, zlib.error) as error:
             raise IsthmusError(f"{path}: damaged ({error}). Copy it again.") from error
 
 
-def json_rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and object of each line of a JSON-lines file; raises IsthmusError."""
-    for number, line in text_lines(path):
+def json_lines(path: Path) -> Iterator[Line]:
+    """The lines of a JSON-lines file; those that hold no object have a fault."""
+    for number, text in text_lines(path):
+        line = Line({}, path.parent, f"{path}:{number}", number)
         try:
-            row = json.loads(line)
+            row = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise IsthmusError(
-                f"{path}:{number}: not valid JSON ({error}). Write one JSON object on each line."
-            ) from error
-        if not isinstance(row, dict):
-            raise IsthmusError(
-                f"{path}:{number}: a {type(row).__name__} where an object was expected. "
-                "Write one JSON object on each line."
+            yield line.broken(f"not valid JSON ({error}). Write one JSON object on each line.")
+            continue
+        if isinstance(row, dict):
+            yield replace(line, row=row)
+        else:
+            yield line.broken(
+                f"a {type(row).__name__} where an object was expected. Write one JSON object on "
+                "each line."
             )
-        yield number, row
 
 
 def is_lhotse(row: Row) -> bool:
@@ -93,31 +87,36 @@ def is_lhotse(row: Row) -> bool:
 def recognise(path: Path) -> str:
     """The format of `path`: `kaldi`, `folder`, `lhotse` or a key of JSON_FORMATS.
 
-    Raises IsthmusError where `path` is missing or nothing known.
+    Raises IsthmusError where it is nothing known.
     """
     if path.is_dir():
         return "kaldi" if (path / "wav.scp").is_file() else "folder"
-    if not path.is_file():
-        raise IsthmusError(f"{path}: no such corpus. Name a manifest or a folder that exists.")
     if path.suffix.lower() in AUDIO_SUFFIXES:
         raise IsthmusError(f"{path}: one audio file is no corpus. Name its folder or a manifest.")
     if path.suffix.lower() in (".csv", ".tsv"):
         return "table"
-    for number, row in json_rows(path):
-        if is_lhotse(row):
+    reason = f"{path}: there is no utterance in it. Name a manifest that has some."
+    for count, line in enumerate(itertools.islice(json_lines(path), _TELLING_LINES)):
+        if line.fault:
+            why = line.fault[1]
+        elif is_lhotse(line.row):
             return "lhotse"
-        for name, fields in JSON_FORMATS.items():
-            if next(iter(fields)) in row:
-                return name
-        raise IsthmusError(
-            f"{path}:{number}: none of the fields audio, audio_filepath (NeMo), source (SLAM-LLM) "
-            f"or recording (lhotse) is in it, only {', '.join(sorted(row)) or 'nothing'}."
-        )
-    raise IsthmusError(f"{path}: there is no utterance in it. Name a manifest that has some.")
+        else:
+            for name, fields in JSON_FORMATS.items():
+                if next(iter(fields)) in line.row:
+                    return name
+            why = (
+                f"{line.origin}: none of the fields audio, audio_filepath (NeMo), source (SLAM-LLM)"
+                f" or recording (lhotse) is in it, only {', '.join(sorted(line.row)) or 'nothing'}."
+            )
+        reason = reason if count else why
+    raise IsthmusError(reason)
 
 
 def read_lines(path: Path, form: str) -> Iterator[Line]:
-    """Rows of the corpus `path` in format `form`, as `recognise` gives it (but `lhotse`)."""
+    """Rows of the corpus `path` in format `form`, as `recognise` gives it; lhotse's as they are."""
+    if form == "lhotse":
+        return json_lines(path)
     if form == "kaldi":
         return _kaldi(path)
     if form == "table":
@@ -130,12 +129,12 @@ def read_lines(path: Path, form: str) -> Iterator[Line]:
 def _json_lines(path: Path, fields: dict[str, str]) -> Iterator[Line]:
     # Foreign tools write paths relative to where they ran; isthmus's are relative to the manifest.
     foreign = fields is not ISTHMUS_FIELDS
-    for number, row in json_rows(path):
-        renamed = {fields.get(key, key): value for key, value in row.items()}
+    for line in json_lines(path):
+        renamed = {fields.get(key, key): value for key, value in line.row.items()}
         audio = renamed.get("audio")
         if foreign and isinstance(audio, str):
             renamed["audio"] = beside_or_here(audio, path.parent)
-        yield Line(renamed, path.parent, f"{path}:{number}", number)
+        yield replace(line, row=renamed)
 
 
 def beside_or_here(audio: str, base: Path) -> str:
@@ -221,16 +220,18 @@ def _table(path: Path) -> Iterator[Line]:
         rows = text_lines(path)
     # LJSpeech has a third column without a name; elsewhere more columns mean an unquoted separator.
     has_rest = delimiter == "|" and not (file_column and text_column)
-    for number, line in rows:
-        cells = _cells(line, delimiter)
+    for number, text in rows:
+        cells = _cells(text, delimiter)
+        line = Line({}, path.parent, f"{path}:{number}", number)
         if len(cells) < len(names) or (len(cells) > len(names) and not has_rest):
-            raise IsthmusError(
-                f"{path}:{number}: {len(cells)} columns where {len(names)} were expected "
-                f"({', '.join(names)}). Quote texts that hold the separator {delimiter!r}."
+            yield line.broken(
+                f"{len(cells)} columns where {len(names)} were expected ({', '.join(names)}). "
+                f"Quote texts that hold the separator {delimiter!r}."
             )
+            continue
         row: Row = dict(zip(names, (cell.strip() for cell in cells), strict=False))
         row["audio"] = _find_audio(row["audio"], path.parent)
-        yield Line(row, path.parent, f"{path}:{number}", number)
+        yield replace(line, row=row)
 
 
 def _cells(line: str, delimiter: str) -> list[str]:
@@ -254,56 +255,69 @@ def _find_audio(name: str, base: Path) -> str:
 
 def _kaldi(folder: Path) -> Iterator[Line]:
     """A Kaldi data folder: wav.scp and, where there, segments, text, utt2spk, utt2lang."""
-    recordings = _mapping(folder / "wav.scp")
-    for identifier, (number, audio) in recordings.items():
-        if audio.rstrip().endswith("|"):
+    spare: list[Line] = []
+    audio = _mapping(folder / "wav.scp", spare)
+    for identifier, line in audio.items():
+        if line.row["value"].endswith("|"):
             raise IsthmusError(
-                f"{folder / 'wav.scp'}:{number}: recording {identifier!r} is the output of a "
-                "command, and isthmus runs no commands from data. Run it once, keep its output "
-                "as a file, and name that file here."
+                f"{line.origin}: recording {identifier!r} is the output of a command, and isthmus "
+                "runs no commands from data. Run it once, keep its output as a file, and name "
+                "that file here."
             )
     fields = {
-        field: _mapping(folder / name) if (folder / name).is_file() else {}
+        field: _mapping(folder / name, spare)
         for field, name in (("text", "text"), ("speaker", "utt2spk"), ("language", "utt2lang"))
+        if (folder / name).is_file()
     }
     segments = folder / "segments"
-    source = segments if segments.is_file() else folder / "wav.scp"
-    for identifier, (number, rest) in _mapping(source).items():
-        origin = f"{source}:{number}"
-        row: Row = {"id": identifier, "audio": rest}
-        if source is segments:
-            row |= _segment(rest, recordings, origin)
+    source = _mapping(segments, spare) if segments.is_file() else audio
+    for identifier, line in source.items():
+        row: Row = {"id": identifier, "audio": line.row["value"]}
+        if source is not audio:
+            try:
+                row |= _segment(line.row["value"], audio)
+            except ValueError as error:
+                yield line.broken(str(error))
+                continue
         row["audio"] = beside_or_here(row["audio"], folder)
-        for name, values in fields.items():
-            if identifier in values:
-                row[name] = values[identifier][1]
-        yield Line(row, folder, origin, number)
+        row |= {
+            name: values[identifier].row["value"]
+            for name, values in fields.items()
+            if identifier in values
+        }
+        yield replace(line, row=row)
+    yield from spare
 
 
-def _segment(rest: str, recordings: dict[str, tuple[int, str]], origin: str) -> Row:
+def _segment(value: str, audio: dict[str, Line]) -> Row:
+    """File and times of `recording start end`; raises ValueError."""
     try:
-        recording, begin, end = rest.split()
+        recording, begin, end = value.split()
         start, stop = float(begin), float(end)
     except ValueError as error:
-        raise IsthmusError(
-            f"{origin}: {rest!r} is no segment. Write: utterance recording start end."
+        raise ValueError(
+            f"{value!r} is no segment. Write: utterance recording start end."
         ) from error
-    if recording not in recordings:
-        raise IsthmusError(f"{origin}: recording {recording!r} is not in wav.scp. Add it there.")
+    if recording not in audio:
+        raise ValueError(f"recording {recording!r} is not in wav.scp. Add it there.")
     # Kaldi writes an end of -1 for "up to the end of the recording".
     duration = None if stop == -1 else round(stop - start, 6)
-    return {"audio": recordings[recording][1], "start": start, "duration": duration}
+    return {"audio": audio[recording].row["value"], "start": start, "duration": duration}
 
 
-def _mapping(path: Path) -> dict[str, tuple[int, str]]:
-    """Kaldi's `key value` lines as key -> (line number, value); a key comes once."""
-    values: dict[str, tuple[int, str]] = {}
-    for number, line in text_lines(path):
-        key, *rest = line.split(maxsplit=1)
-        if key in values:
-            raise IsthmusError(
-                f"{path}:{number}: the id {key!r} stands at {path}:{values[key][0]} already. "
-                "Ids must be unique: remove one of the lines, or rename it."
-            )
-        values[key] = (number, rest[0].strip() if rest else "")
-    return values
+def _mapping(path: Path, spare: list[Line]) -> dict[str, Line]:
+    """Kaldi's `key value` lines by key; lines whose key stands before go to `spare`, with a fault.
+
+    A row holds `value`.
+    """
+    found: dict[str, Line] = {}
+    for number, text in text_lines(path):
+        key, *rest = text.split(maxsplit=1)
+        value = rest[0].strip() if rest else ""
+        line = Line({"value": value}, path.parent, f"{path}:{number}", number)
+        if key in found:
+            what = f"utterance {key!r} {same_id(found[key].origin)}"
+            spare.append(line.broken(what, "duplicate_id"))
+        else:
+            found[key] = line
+    return found

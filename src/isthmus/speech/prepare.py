@@ -4,6 +4,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,13 +13,19 @@ from isthmus.files import write_atomic
 from isthmus.speech.audio import audio_info
 from isthmus.speech.formats import (
     AUDIO_SUFFIXES,
-    Line,
     read_lines,
     recognise,
     text_lines,
     transcript_lines,
 )
-from isthmus.speech.utterances import Row, Utterance, UtteranceBuilder, expand_path
+from isthmus.speech.utterances import (
+    Line,
+    Row,
+    Utterance,
+    UtteranceBuilder,
+    expand_path,
+    find_corpus,
+)
 
 KINDS = ("librispeech", "mls", "folder", "kaldi", "nemo", "slam-llm")
 
@@ -46,7 +53,7 @@ def prepare(kind: str, source: Path, out: Path) -> dict[str, Path]:
         raise IsthmusError(
             f"unknown kind of corpus {kind!r}.{suggest(kind, KINDS)} Known: {', '.join(KINDS)}."
         )
-    source, out = expand_path(source), expand_path(out)
+    source, out = find_corpus(source), expand_path(out)
     splits = _splits(kind, source)
     manifests = {split: out / f"{split}.jsonl" for split in splits}
     for manifest in manifests.values():
@@ -116,15 +123,16 @@ def _mls_splits(source: Path) -> dict[str, Iterable[Line]]:
 def _mls_lines(transcripts: Path, language_folder: Path) -> Iterator[Line]:
     name = language_folder.resolve().name.removeprefix("mls_").removesuffix("_opus")
     audio = transcripts.parent / "audio"
-    for number, line in text_lines(transcripts):
-        origin = f"{transcripts}:{number}"
-        identifier, tab, text = line.partition("\t")
+    for number, content in text_lines(transcripts):
+        line = Line({}, audio, f"{transcripts}:{number}", number)
+        identifier, tab, text = content.partition("\t")
         parts = identifier.split("_")
         if not tab or len(parts) != 3:
-            raise IsthmusError(
-                f"{origin}: {line[:80]!r} is no line of Multilingual LibriSpeech. Expected "
+            yield line.broken(
+                f"{content[:80]!r} is no line of Multilingual LibriSpeech. Expected "
                 "<speaker>_<book>_<number>, a tab and the text."
             )
+            continue
         folder = audio / parts[0] / parts[1]
         suffixes = (".flac", ".opus", *sorted(AUDIO_SUFFIXES))
         suffix = next((s for s in suffixes if (folder / (identifier + s)).is_file()), ".flac")
@@ -135,13 +143,13 @@ def _mls_lines(transcripts: Path, language_folder: Path) -> Iterator[Line]:
             "speaker": parts[0],
             "language": _MLS_LANGUAGES.get(name, name),
         }
-        yield Line(row, folder, origin, number)
+        yield replace(line, row=row, base=folder)
 
 
 def _utterances(lines: Iterable[Line]) -> Iterator[Utterance]:
     builder = UtteranceBuilder(probe=lru_cache(maxsize=4096)(audio_info))
     for line in lines:
-        yield builder.build(line.row, line.base, line.origin, position=line.position)
+        yield builder.build(line)
 
 
 def _write(manifest: Path, utterances: Iterable[Utterance], source: str) -> None:

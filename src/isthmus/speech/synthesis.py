@@ -10,7 +10,6 @@ import ctypes
 import itertools
 import json
 import multiprocessing
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,11 +22,12 @@ import soundfile
 import soxr
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.files import write_atomic
+from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.sentences import sentence
 
 Augmenter = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
-SAMPLE_RATE = 16_000
 SILENCE_SECONDS = (0.05, 0.5)  # at either end of an utterance of a corpus
 
 ACCENTS = ("en-us",) * 4 + (  # the most usual accent is drawn most often
@@ -285,11 +285,11 @@ def synthesise_corpus(
         duration (seconds), sample_rate, text, speaker, language, words [[word, start, end], …].
 
     Raises:
-        FileExistsError: `folder` has a manifest already.
+        IsthmusError: `folder` has a manifest already.
     """
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
-        raise FileExistsError(f"{manifest} exists; choose another folder or remove it first")
+        raise IsthmusError(f"{manifest} exists already. Remove it, or write to another folder.")
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     make = partial(_utterance, folder, seed, held_out, augmentation)
     if workers > 1:
@@ -298,10 +298,9 @@ def synthesise_corpus(
             entries = list(pool.map(make, range(len(texts)), texts, chunksize=32))
     else:
         entries = [make(index, text) for index, text in enumerate(texts)]
-    temporary = manifest.with_name(f"{manifest.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    os.replace(temporary, manifest)
+    write_atomic(
+        manifest, "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    )
     return manifest
 
 

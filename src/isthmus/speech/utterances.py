@@ -1,6 +1,6 @@
 """One line of a corpus, checked: the common form between the manifest formats and lhotse's cuts.
 
-A line that cannot be right (a negative duration, a number for a transcript) does not end the
+A line that cannot be right (no JSON, an id that is taken, a negative duration) does not end the
 reading: the utterance carries its `fault`, and the corpus check counts it and says where it was.
 """
 
@@ -8,7 +8,7 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,32 @@ from isthmus.speech.audio import SAMPLE_RATE, AudioError, AudioInfo
 DEFAULT_SPEECH_FOLDER = "../shared/speech"
 
 Row = dict[str, Any]  # one line of a manifest, under isthmus's field names
+Fault = tuple[str, str]  # reason code, and a sentence
 Probe = Callable[[Path], AudioInfo]
+
+
+@dataclass(frozen=True)
+class Line:
+    """One row, the folder its relative path starts at, where it stands and its number from 1."""
+
+    row: Row
+    base: Path
+    origin: str
+    position: int
+    fault: Fault | None = None
+
+    def broken(self, what: str, code: str = "bad_line") -> "Line":
+        """The line as one that cannot be read, for which `what` is the reason."""
+        name = Path(self.origin).name  # train.jsonl:3, as no utterance is called
+        return replace(self, row={"id": name}, fault=(code, f"{self.origin}: {what}"))
 
 
 @dataclass(frozen=True)
 class Utterance:
     """`duration` seconds of the file `audio` from `start`, and what is known about them.
 
-    `duration` is 0 only with a `fault`, a pair (reason code, sentence). `custom` holds the fields
-    that have no place of their own. `origin` is the line it came from.
+    `duration` is 0 only with a `fault`. `custom` holds the fields that have no place of their own.
+    `origin` is the line it came from.
     """
 
     id: str
@@ -41,7 +58,7 @@ class Utterance:
     gender: str | None
     custom: Row
     origin: str
-    fault: tuple[str, str] | None = None
+    fault: Fault | None = None
 
 
 def expand_path(path: str | Path) -> Path:
@@ -65,24 +82,44 @@ def expand_path(path: str | Path) -> Path:
     return Path(re.sub(r"\$(?:\{(\w+)\}|(\w+))", value, str(path))).expanduser()
 
 
+def find_corpus(path: str | Path) -> Path:
+    """`expand_path` of a corpus that is there; raises IsthmusError where none is."""
+    found = expand_path(path)
+    if found.exists():
+        return found
+    remedy = "Name a manifest or a folder that exists."
+    named = re.search(r"\$\{?ISTHMUS_SPEECH\b\}?/*(.*)", str(path))
+    if named:
+        folder = os.environ.get("ISTHMUS_SPEECH")
+        remedy = (
+            f"The environment variable ISTHMUS_SPEECH is {repr(folder) if folder else 'not set'}"
+            f"{'' if folder else f', which stands for {DEFAULT_SPEECH_FOLDER}'}. Set it to the "
+            f"folder of speech corpora that holds {named[1] or 'them'}."
+        )
+    raise IsthmusError(f"{found}: no such corpus. {remedy}")
+
+
 @dataclass
 class UtteranceBuilder:
-    """Makes utterances of rows; remembers their ids, so that each is there once."""
+    """Makes utterances of lines; remembers their ids, to find those that come twice."""
 
     probe: Probe
     _origins: dict[str, str] = field(default_factory=dict)
 
-    def build(self, row: Row, base: Path, origin: str, *, position: int) -> Utterance:
-        """The utterance of `row`, whose relative path starts at `base`.
+    def build(self, line: Line) -> Utterance:
+        """The utterance of `line`.
 
-        Without an `id` it gets the name of its file, with `position` (the line) behind it where
-        that name is taken. Raises IsthmusError when an id comes twice.
+        Without an `id` it gets the name of its file, with the line's position behind it where that
+        name is taken.
         """
-        row = dict(row)
+        row = dict(line.row)
         audio = row.pop("audio", None)
-        identifier = self._identify(row.pop("id", None), audio, origin, position)
-        faults = _Faults(f"{origin}: utterance {identifier!r}")
-        path = _path(audio, base, faults)
+        identifier = self._identify(row.pop("id", None), audio, line.position)
+        faults = _Faults(f"{line.origin}: utterance {identifier!r}", line.fault)
+        first = self._origins.setdefault(identifier, line.origin)
+        if first != line.origin:
+            faults.add("duplicate_id", same_id(first))
+        path = _path(audio, line.base, faults)
         text = _text(row.pop("text", None), faults)
         is_part = row.get("start") is not None
         start = _seconds(row, "start", faults) or 0.0
@@ -108,7 +145,7 @@ class UtteranceBuilder:
             language=_name(row.pop("language", None)),
             gender=_name(row.pop("gender", None)),
             custom=row,
-            origin=origin,
+            origin=line.origin,
             fault=faults.found[0] if faults.found else None,
         )
 
@@ -124,32 +161,24 @@ class UtteranceBuilder:
             return None
         return info
 
-    def claim(self, identifier: str, origin: str) -> None:
-        """Note that `identifier` stands at `origin`; raise IsthmusError if it stood before."""
-        if identifier in self._origins:
-            raise IsthmusError(
-                f"{origin}: the id {identifier!r} stands at {self._origins[identifier]} already. "
-                "Ids must be unique: remove one of the lines, or rename it."
-            )
-        self._origins[identifier] = origin
-
-    def _identify(self, given: object, audio: object, origin: str, position: int) -> str:
+    def _identify(self, given: object, audio: object, position: int) -> str:
         if given is not None and given != "":
-            identifier = str(given)
-        else:
-            identifier = stem = Path(str(audio or "utterance")).stem
-            if identifier in self._origins:
-                identifier = f"{stem}-{position}"
-        self.claim(identifier, origin)
-        return identifier
+            return str(given)
+        stem = Path(str(audio or "utterance")).stem
+        return f"{stem}-{position}" if stem in self._origins else stem
+
+
+def same_id(first: str) -> str:
+    """What is wrong with an utterance whose id stands at `first` already."""
+    return f"has the id of another one at {first}. Remove one of them, or rename it."
 
 
 class _Faults:
-    """Collects what is wrong with one utterance, which `where` names."""
+    """Collects what is wrong with one utterance, which `where` names; `known` comes first."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, known: Fault | None) -> None:
         self.where = where
-        self.found: list[tuple[str, str]] = []
+        self.found: list[Fault] = [known] if known else []
 
     def add(self, code: str, sentence: str) -> None:
         self.found.append((code, f"{self.where} {sentence}"))

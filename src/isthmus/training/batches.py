@@ -1,6 +1,8 @@
 """From utterances to batches: an epoch is a plan, a batch is a function of (epoch, indices)."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,19 +39,29 @@ class Batch:
 
 
 Group = tuple[int, ...]  # utterances that are heard as one, usually a single one
+Fits = Callable[[float, str], str | None]  # what is wrong with (seconds, transcript), if anything
 
 
 def join_utterances(
-    durations: Sequence[float], join: JoinSettings | None, *, seed: int, epoch: int
+    durations: Sequence[float],
+    join: JoinSettings | None,
+    *,
+    seed: int,
+    epoch: int,
+    fits: Callable[[Sequence[int]], bool] = lambda group: True,
 ) -> list[Group]:
-    """Each utterance once; with `join`, random ones one behind the other (arXiv 2309.13963)."""
+    """Each utterance once; with `join`, random ones one behind the other (arXiv 2309.13963).
+
+    A joined utterance has `join.max_seconds` at most, and `fits` says that the model can take it.
+    """
     if join is None:
         return [(index,) for index in range(len(durations))]
     rng = np.random.default_rng([seed, epoch, 1])
     groups: list[list[int]] = []
     room = 0.0
     for index in rng.permutation(len(durations)).tolist():
-        if groups and durations[index] <= room and rng.random() < join.probability:
+        joined = groups and durations[index] <= room and rng.random() < join.probability
+        if joined and fits([*groups[-1], index]):
             groups[-1].append(index)
         else:
             groups.append([index])
@@ -104,17 +116,26 @@ class SpeechData:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         join: JoinSettings | None = None,
+        fits: Fits = lambda seconds, text: None,
     ):
         self.cuts = cuts
         self.durations = [float(cut.duration) for cut in cuts]
         self.seed = seed
         self.augmentation = augmentation
         self.join = join
+        self.fits = fits
+
+    def digest(self) -> str:
+        """SHA-256 over id, duration and text of the utterances, in order."""
+        rows = [[cut.id, float(cut.duration), transcript(cut)] for cut in self.cuts]
+        return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def plan(self, settings: TrainSettings, epoch: int) -> list[list[Group]]:
         """The training batches of an epoch."""
-        groups = join_utterances(self.durations, self.join, seed=self.seed, epoch=epoch)
-        seconds = [sum(self.durations[index] for index in group) for group in groups]
+        groups = join_utterances(
+            self.durations, self.join, seed=self.seed, epoch=epoch, fits=self._group_fits
+        )
+        seconds = [self._seconds(group) for group in groups]
         batches = plan_epoch(
             seconds,
             seed=self.seed,
@@ -130,8 +151,16 @@ class SpeechData:
             np.concatenate([self._waveform(index, epoch) for index in group]) for group in groups
         ]
         ids = ["+".join(self.cuts[index].id for index in group) for group in groups]
-        texts = [" ".join(transcript(self.cuts[index]) for index in group) for group in groups]
-        return collate(ids, waveforms, texts)
+        return collate(ids, waveforms, [self._text(group) for group in groups])
+
+    def _group_fits(self, group: Sequence[int]) -> bool:
+        return self.fits(self._seconds(group), self._text(group)) is None
+
+    def _seconds(self, group: Sequence[int]) -> float:
+        return sum(self.durations[index] for index in group)
+
+    def _text(self, group: Sequence[int]) -> str:
+        return " ".join(transcript(self.cuts[index]) for index in group)
 
     def _waveform(self, index: int, epoch: int | None) -> np.ndarray:
         waveform = load_cut(self.cuts[index])

@@ -42,7 +42,8 @@ class CTCTask:
 
     def loss(self, groups: Sequence[Group], epoch: int) -> Loss:
         return self._loss(
-            self.train.batch(groups, epoch), np.random.default_rng([epoch, *groups[0]])
+            self.train.batch(groups, epoch),
+            np.random.default_rng([self.train.seed, epoch, *groups[0], 2]),
         )
 
     def dev_losses(self) -> Sequence[Callable[[], Loss]]:
@@ -69,12 +70,12 @@ class CTCTask:
         lengths = torch.tensor([len(label) for label in labels])
         total = nn.functional.ctc_loss(
             log_probs.transpose(0, 1),
-            torch.tensor([unit for label in labels for unit in label]),
+            torch.tensor([unit for label in labels for unit in label], device=log_probs.device),
             num_frames,
             lengths,
             blank=model.blank,
             reduction="sum",
-            zero_infinity=True,  # a text with more letters than frames teaches nothing
+            zero_infinity=True,  # augmentation may leave fewer frames than letters, for once
         )
         hypotheses = model.greedy(log_probs.detach(), num_frames)
         right = sum(len(t) for t, h in zip(batch.texts, hypotheses, strict=True) if t == h)

@@ -1,26 +1,27 @@
 """What a recipe names as data, as utterances that can be trained on."""
 
+import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from lhotse import CutSet
 from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
-from isthmus.model.prompt import tokenise
+from isthmus.model.conformer import ConformerCTC
+from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Corpus, DataSettings, Experiment
+from isthmus.recipe import Corpus, CTCRecipe, DataSettings, Recipe
+from isthmus.speech.audio import SAMPLE_RATE
+from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import read_corpus, usable
-from isthmus.training.batches import SpeechData, transcript
+from isthmus.training.batches import Fits, SpeechData, transcript
 
 log = logging.getLogger(__name__)
 
-Fits = Callable[[Cut], str | None]  # what is wrong with an utterance for this model, if anything
-
 
 def speech_data(
-    recipe: Experiment, model: SpeechLLM | None = None
+    recipe: Recipe | CTCRecipe, model: SpeechLLM | ConformerCTC
 ) -> tuple[SpeechData, SpeechData | None]:
     """Training and validation data of a recipe, as far as `model` can take it.
 
@@ -29,35 +30,44 @@ def speech_data(
     data = recipe.data
     if not data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to train on.")
-    fits = fits_model(model) if model else lambda cut: None
-    limit = model.encoder.max_seconds if model else None
+    fits = fits_model(model, lengthening(data.augment))
     train = SpeechData(
-        load_cuts(data.train, data, limit, fits),
+        load_cuts(data.train, data, fits),
         seed=recipe.seed,
         augmentation=data.augment,
         join=data.join,
+        fits=fits,
     )
-    dev = load_cuts(data.dev, data, limit, fits)
+    dev = load_cuts(data.dev, data, fits_model(model))
     return train, SpeechData(dev) if dev else None
 
 
 def load_cuts(
     corpora: Sequence[Corpus | str],
     data: DataSettings,
-    max_seconds: float | None = None,
-    fits: Fits = lambda cut: None,
+    fits: Fits = lambda seconds, text: None,
 ) -> list[Cut]:
     """Usable utterances of corpora, as often as each is repeated; says what was left out."""
-    limit = min(data.max_seconds, max_seconds or data.max_seconds)
     cuts: list[Cut] = []
     for entry in corpora:
         corpus = Corpus(path=entry, repeat=1) if isinstance(entry, str) else entry
-        found = read_corpus(corpus.path)
-        good, report = usable(found, max_bad_fraction=data.max_bad_fraction, max_seconds=limit)
-        kept = _fitting(corpus.path, good, fits, data.max_bad_fraction)
+        good, report = usable(
+            read_corpus(corpus.path),
+            max_bad_fraction=data.max_bad_fraction,
+            max_seconds=data.max_seconds,
+        )
+        found = [(cut, fits(float(cut.duration), transcript(cut))) for cut in good]
+        kept = [cut for cut, fault in found if fault is None]
+        faults = [f"utterance {cut.id!r}: {fault}" for cut, fault in found if fault]
+        if faults and report.n_in - len(kept) > data.max_bad_fraction * report.n_in:
+            raise IsthmusError(
+                f"{corpus.path}: {len(faults)} of {report.n_in} utterances do not fit the model, "
+                f"such as {faults[0]}. Mend them, lower data.max_seconds, or raise "
+                "data.max_bad_fraction."
+            )
         left_out = Counter(report.reasons)
-        if len(kept) < len(good):
-            left_out["too_long_for_the_model"] = len(good) - len(kept)
+        if faults:
+            left_out["does_not_fit"] = len(faults)
         log.info(
             "%s: %d utterances, %.2f h%s%s",
             corpus.path,
@@ -66,43 +76,45 @@ def load_cuts(
             f", {corpus.repeat} times" if corpus.repeat > 1 else "",
             f"; left out: {dict(left_out)}" if left_out else "",
         )
-        for rejection in report.rejections:
-            log.info("  %s", rejection.message)
+        for message in [rejection.message for rejection in report.rejections] + faults:
+            log.info("  %s", message)
         cuts += kept * corpus.repeat
     return cuts
 
 
-def fits_model(model: SpeechLLM) -> Fits:
-    """Whether audio, prompt and transcript are no more positions than the language model takes."""
-    limit = model.llm.max_tokens
+def lengthening(augmentation: Augmentation | None) -> float:
+    """How many times as long augmentation can make an utterance, at most."""
+    if augmentation is None or augmentation.speed is None:
+        return 1.0
+    slowest, _ = augmentation.speed.factors
+    return max(1.0, 1.001 / slowest)  # and a little, as resampling rounds
 
-    def fault(cut: Cut) -> str | None:
-        pieces = tokenise(model.prompt, model.llm.tokenizer, transcript(cut))
-        text = sum(len(piece.tokens) for piece in pieces if piece.tokens)
-        positions = model.audio_tokens(cut.duration) + text
-        if limit is None or positions <= limit:
-            return None
-        return (
-            f"utterance {cut.id!r} takes {positions} positions ({text} of them text), the language "
-            f"model has {limit}"
-        )
+
+def fits_model(model: SpeechLLM | ConformerCTC, longer: float = 1.0) -> Fits:
+    """What is wrong for `model` with an utterance that may become `longer` times as long."""
+    if isinstance(model, ConformerCTC):
+        return _fits_ctc(model)
+
+    def fault(seconds: float, text: str) -> str | None:
+        tokens = len(plain_tokens(model.llm.tokenizer, text)) + 1  # the end token
+        found = model.fault(seconds * longer, tokens)
+        return f"{found}, if data.augment.speed slows it down" if found and longer > 1 else found
 
     return fault
 
 
-def _fitting(corpus: str, cuts: CutSet, fits: Fits, max_bad_fraction: float) -> list[Cut]:
-    good, faults = [], []
-    for cut in cuts:
-        fault = fits(cut)
-        if fault is None:
-            good.append(cut)
-        else:
-            faults.append(fault)
-            log.info("  %s", fault)
-    if len(faults) > max_bad_fraction * (len(good) + len(faults)):
-        raise IsthmusError(
-            f"{corpus}: {len(faults)} of {len(good) + len(faults)} utterances do not fit: "
-            f"{faults[0]}. Lower data.max_seconds, shorten the transcripts, or raise "
-            "data.max_bad_fraction."
-        )
-    return good
+def _fits_ctc(model: ConformerCTC) -> Fits:
+    """CTC needs a frame for each letter, and one more between two equal ones."""
+    units = model.tokenizer.get_vocab().keys()
+
+    def fault(seconds: float, text: str) -> str | None:
+        unknown = sorted(set(text) - units)
+        if unknown:
+            return f"its text has {', '.join(map(repr, unknown))}, not among the letters"
+        needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))
+        frames = model.output_length(int(seconds * SAMPLE_RATE))
+        if needed > frames:
+            return f"its text needs {needed} frames for CTC, the audio has {frames}"
+        return None
+
+    return fault

@@ -14,7 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.model.llm import LLM
-from isthmus.model.prompt import BarePrompt, ChatPrompt, Kind, PaperPrompt, Prompt, SlamPrompt
+from isthmus.model.prompt import (
+    BarePrompt,
+    ChatPrompt,
+    PaperPrompt,
+    Prompt,
+    SlamPrompt,
+    plain_tokens,
+    tokenise,
+)
 from isthmus.recipe import LanguageRecipe
 from isthmus.speech.sentences import sentence
 from isthmus.training.loop import Loss
@@ -54,7 +62,7 @@ class LanguageTask:
         return dict(self.module.named_parameters())
 
     def plan(self, epoch: int) -> list[list[int]]:
-        """Batches of examples of like length, `max_duration` tokens at most with padding."""
+        """Batches of examples of like length, `tokens_per_batch` tokens at most with padding."""
         lengths = [len(tokens) for tokens, _ in self.examples(self.recipe.seed, epoch)]
         batches: list[list[int]] = [[]]
         for index in np.argsort(lengths, kind="stable").tolist():
@@ -143,21 +151,13 @@ def repetition(
     llm: LLM, prompt: Prompt, text: str, rng: np.random.Generator, noise: float
 ) -> Example:
     """An instruction to repeat `text`, told as an encoder would, and the clean reply."""
-    tokenizer = llm.tokenizer
+    told = plain_tokens(llm.tokenizer, mishear(text, rng, noise))
     tokens: list[int] = []
     labels: list[int] = []
-    for segment in prompt.segments(tokenizer, text):
-        match segment.kind:
-            case Kind.AUDIO:
-                ids = tokenizer.encode(mishear(text, rng, noise), add_special_tokens=False)
-            case Kind.BEGIN:
-                ids = [tokenizer.bos_token_id]
-            case Kind.END:
-                ids = [tokenizer.eos_token_id]
-            case _:
-                ids = tokenizer.encode(segment.text, add_special_tokens=False)
+    for piece in tokenise(prompt, llm.tokenizer, text):
+        ids = told if piece.tokens is None else piece.tokens
         tokens += ids
-        labels += ids if segment.loss else [IGNORE] * len(ids)
+        labels += ids if piece.loss else [IGNORE] * len(ids)
     return tokens, labels
 
 

@@ -1,18 +1,25 @@
 """The training loop: one for the projector, the CTC encoder and the language model alike."""
 
+import contextlib
 import json
+import logging
 import math
+import shutil
+import signal
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe import TrainSettings
+from isthmus.files import write_atomic
+from isthmus.recipe import LoopSettings
 from isthmus.training import checkpoint
 from isthmus.training.checkpoint import Progress
 
@@ -22,6 +29,18 @@ METRICS = "metrics.jsonl"
 NON_FINITE_IN_A_ROW = 3
 
 OnStep = Callable[[dict[str, Any]], None]
+log = logging.getLogger(__name__)
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM came: the step is finished and a checkpoint saved, to resume from.
+
+    Not caught, it ends the process as a shell expects: exit code 130 or 143.
+    """
+
+    def __init__(self, number: int, step: int):
+        super().__init__(128 + number)
+        self.step = step
 
 
 @dataclass(frozen=True)
@@ -60,7 +79,7 @@ class Task(Protocol):
         """The utterances of a batch, for messages."""
 
 
-def learning_rate(settings: TrainSettings, step: int) -> float:
+def learning_rate(settings: LoopSettings, step: int) -> float:
     """Rate of update `step` (from 0): linear warm-up, then constant, linear or cosine decay."""
     warm = min(1.0, (step + 1) / max(1, settings.warmup_steps))
     done = max(0, step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
@@ -74,7 +93,7 @@ def learning_rate(settings: TrainSettings, step: int) -> float:
 
 def fit(
     task: Task,
-    settings: TrainSettings,
+    settings: LoopSettings,
     folder: Path,
     *,
     resume: bool = False,
@@ -84,7 +103,8 @@ def fit(
 
     `folder` receives `checkpoints/step-N` (to resume), `best` (what was trained, at the lowest
     validation loss, or at the end without validation) and `metrics.jsonl`, a line a step. `on_step`
-    sees each line.
+    sees each line. Raises Interrupted after a step in which SIGINT or SIGTERM came; a second signal
+    acts at once.
     """
     trainable = task.trainable()
     if not trainable:
@@ -92,12 +112,12 @@ def fit(
     optimiser = torch.optim.AdamW(
         trainable.values(), betas=settings.betas, weight_decay=settings.weight_decay
     )
-    _dev_loss(task, first=2)  # a broken validation fails now, not in an hour
+    _dev_loss(task, settings, first=2)  # a broken validation fails now, not in an hour
     progress = _start(task, optimiser, folder, resume)
     task.module.train()
     plan = task.plan(progress.epoch)
     non_finite = 0
-    with (folder / METRICS).open("a", encoding="utf-8") as log:
+    with (folder / METRICS).open("a", encoding="utf-8") as lines, _signals() as received:
         while progress.step < settings.steps and progress.stale < settings.patience:
             if progress.position >= len(plan):
                 progress.epoch, progress.position = progress.epoch + 1, 0
@@ -108,9 +128,9 @@ def fit(
             progress.position += len(batches)
             last = progress.step == settings.steps
             if last or progress.step % settings.eval_every == 0:
-                metrics |= _validate(task, progress, folder)
-            log.write(json.dumps(metrics) + "\n")
-            log.flush()
+                metrics |= _validate(task, settings, progress, folder)
+            lines.write(json.dumps(metrics) + "\n")
+            lines.flush()
             non_finite = non_finite + 1 if "skipped" in metrics else 0
             if non_finite == NON_FINITE_IN_A_ROW:
                 raise IsthmusError(
@@ -118,21 +138,50 @@ def fit(
                     f"{progress.step} with {metrics['skipped']}. None of these steps was applied. "
                     "Lower train.learning_rate, or look at these utterances."
                 )
-            if (
-                last
-                or progress.step % settings.save_every == 0
-                or progress.stale == settings.patience
-            ):
+            last = last or progress.stale == settings.patience
+            stop = next(iter(received), None)
+            if last or stop or progress.step % settings.save_every == 0:
                 _save(task, progress, optimiser, folder, settings.keep)
             on_step(metrics)
+            if stop:
+                log.warning("Stopped after step %d; --resume goes on from it.", progress.step)
+                raise Interrupted(stop, progress.step)
     if progress.best_loss is None:
         checkpoint.save_checkpoint(folder / BEST, task.state(), progress)
     return progress
 
 
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """The SIGINT and SIGTERM that came meanwhile; the second of a kind acts as it would without."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received  # only the main thread can listen
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {int(n): signal.getsignal(n) or signal.SIG_DFL for n in numbers}
+    for number in numbers:
+        signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number in numbers:
+            signal.signal(number, before[number])
+
+
+def _autocast(task: Task, settings: LoopSettings) -> torch.autocast:
+    device = next(iter(task.trainable().values())).device.type
+    return torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16")
+
+
 def _step(
     task: Task,
-    settings: TrainSettings,
+    settings: LoopSettings,
     optimiser: torch.optim.Optimizer,
     batches: Sequence[Any],
     progress: Progress,
@@ -143,12 +192,13 @@ def _step(
     """
     started = time.perf_counter()
     rate = learning_rate(settings, progress.step)
-    parameters = list(task.trainable().values())
-    device = parameters[0].device.type
+    trainable = task.trainable()
+    parameters = list(trainable.values())
+    buffers = {name: v.clone() for name, v in task.state().items() if name not in trainable}
     optimiser.zero_grad(set_to_none=True)
     losses = []
     for batch in batches:
-        with torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        with _autocast(task, settings):
             loss = task.loss(batch, progress.epoch)
         loss.total.backward()
         losses.append(replace(loss, total=loss.total.detach()))
@@ -163,6 +213,10 @@ def _step(
         for group in optimiser.param_groups:
             group["lr"] = rate
         optimiser.step()
+    else:
+        state = task.state()
+        for name, value in buffers.items():
+            state[name].copy_(value)
     seconds = sum(loss.seconds for loss in losses)
     progress.audio_seconds += seconds
     metrics = {
@@ -179,14 +233,13 @@ def _step(
     return metrics if finite else metrics | {"skipped": [task.describe(b) for b in batches]}
 
 
-def _dev_loss(task: Task, first: int | None = None) -> Loss | None:
+def _dev_loss(task: Task, settings: LoopSettings, first: int | None = None) -> Loss | None:
     """Loss of the validation batches together, or of the `first` of them; leaves no trace."""
-    random_state = torch.get_rng_state()
     task.module.eval()
-    with torch.no_grad():
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices), torch.no_grad(), _autocast(task, settings):
         losses = [dev_loss() for dev_loss in task.dev_losses()[:first]]
     task.module.train()
-    torch.set_rng_state(random_state)
     if not losses:
         return None
     total = torch.stack([loss.total for loss in losses]).sum()
@@ -194,13 +247,15 @@ def _dev_loss(task: Task, first: int | None = None) -> Loss | None:
     return Loss(total, units, sum(loss.correct for loss in losses))
 
 
-def _validate(task: Task, progress: Progress, folder: Path) -> dict[str, float]:
-    """Mean validation loss and accuracy; keeps what gave the lowest."""
-    loss = _dev_loss(task)
+def _validate(
+    task: Task, settings: LoopSettings, progress: Progress, folder: Path
+) -> dict[str, float]:
+    """Mean validation loss and accuracy; keeps what gave the lowest, if it is finite."""
+    loss = _dev_loss(task, settings)
     if loss is None:
         return {}
     mean = float(loss.total) / loss.units
-    if progress.best_loss is None or mean < progress.best_loss:
+    if math.isfinite(mean) and (progress.best_loss is None or mean < progress.best_loss):
         progress.best_loss, progress.best_step, progress.stale = mean, progress.step, 0
         checkpoint.save_checkpoint(folder / BEST, task.state(), progress)
     else:
@@ -219,7 +274,10 @@ def _save(
 
 
 def _start(task: Task, optimiser: torch.optim.Optimizer, folder: Path, resume: bool) -> Progress:
-    """Progress to go on from: of the newest sound checkpoint when resuming, else none."""
+    """Progress to go on from: of the newest sound checkpoint when resuming, else none.
+
+    Newer ones that are not sound are removed, lest they count among those to keep.
+    """
     if not resume:
         return Progress()
     newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
@@ -228,6 +286,11 @@ def _start(task: Task, optimiser: torch.optim.Optimizer, folder: Path, resume: b
             raise IsthmusError("No checkpoint is sound: " + " ".join(faults))
         (folder / METRICS).unlink(missing_ok=True)  # stopped before its first checkpoint
         return Progress()
+    found = checkpoint.checkpoints(folder / CHECKPOINTS)
+    for path in found[found.index(newest) + 1 :]:
+        shutil.rmtree(path)
+    for fault in faults:
+        log.warning("%s It is removed; training goes on from %s.", fault, newest.name)
     progress = checkpoint.restore(newest, task.state(), task.trainable(), optimiser)
     _cut_log(folder / METRICS, progress.step)
     return progress
@@ -244,4 +307,4 @@ def _cut_log(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue  # the line that a crash cut short
-    path.write_text("".join(kept), encoding="utf-8")
+    write_atomic(path, "".join(kept))

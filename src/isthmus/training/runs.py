@@ -3,18 +3,20 @@
 import json
 import logging
 import platform
+import re
 import shutil
 import sys
+from collections.abc import Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from isthmus.errors import IsthmusError
-from isthmus.files import read_json, write_atomic
-from isthmus.model.conformer import ConformerCTC, letter_tokenizer
-from isthmus.model.llm import CHAT_TEMPLATE, LLMSettings, character_tokenizer, save_llm
-from isthmus.model.parts import choose_device, resolve
+from isthmus.files import read_json, recover_folder, write_atomic, write_folder
+from isthmus.model.llm import save_llm
+from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import (
     CTCRecipe,
@@ -25,15 +27,20 @@ from isthmus.recipe import (
     load_recipe,
 )
 from isthmus.training import checkpoint
+from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.data import speech_data
 from isthmus.training.language import LanguageTask
-from isthmus.training.loop import BEST, OnStep, fit
+from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
 from isthmus.training.projector import SpeechTask
 
 RECIPE = "recipe.yaml"
 PARTS = "parts.json"
+DATA = "data.json"
+ENVIRONMENT = "environment.json"
+MODEL = "model"
+WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, METRICS, BEST, CHECKPOINTS, MODEL}
 log = logging.getLogger(__name__)
 
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
@@ -42,7 +49,7 @@ VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lh
 def check_folder(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Raise IsthmusError when `folder` holds anything that the run must not touch."""
     stored = folder / RECIPE
-    if not stored.exists():
+    if not (stored.exists() and (folder / ENVIRONMENT).exists()):
         if folder.exists() and any(folder.iterdir()):
             raise IsthmusError(
                 f"{folder} exists, is not empty and is no run folder. Name another folder."
@@ -56,29 +63,66 @@ def check_folder(recipe: Experiment, folder: Path, *, resume: bool, overwrite: b
                 f"{folder} was trained with another recipe; {_differences(before, now)}. Resume "
                 "with the recipe of the run, or train into a new folder."
             )
+        _compare_sources(recipe, folder)
     elif not overwrite:
         raise IsthmusError(
             f"{folder} holds a run already. Add --resume to go on, --overwrite to replace "
             "it, or name another folder with --output-dir."
         )
+    else:
+        foreign = sorted(path.name for path in folder.iterdir() if not _is_written(path.name))
+        if foreign:
+            raise IsthmusError(
+                f"{folder} holds {', '.join(foreign[:5])} beside a run, which --overwrite would "
+                "not know how to make again. Move it away, or name another folder."
+            )
 
 
-def open_run(recipe: Experiment, folder: Path, *, resume: bool) -> None:
-    """Make the run folder; a run that is not resumed is removed first (see check_folder)."""
+def _is_written(name: str) -> bool:
+    """Whether a run writes this, or leaves it when it is killed in writing."""
+    halfway = re.fullmatch(r"\.(.+)\.(partial|replaced)", name)
+    return (halfway[1] if halfway else name) in WRITTEN
+
+
+def open_run(
+    recipe: Experiment, folder: Path, *, resume: bool, data: Mapping[str, str] | None = None
+) -> None:
+    """Make the run folder; a run that is not resumed is removed first (see check_folder).
+
+    `data` are checksums of what is trained on: IsthmusError if they are not those of the run that
+    is resumed.
+    """
     if resume:
+        if data is not None and read_json(folder / DATA) != data:
+            raise IsthmusError(
+                f"{folder} was trained on other data: ids, durations or texts of the utterances "
+                f"differ from those in {DATA}. Restore the manifests, or train into a new folder."
+            )
         return
-    if folder.exists():
-        shutil.rmtree(folder)
+    for path in sorted(folder.glob("*")):
+        if path.is_dir() and _is_written(path.name):
+            shutil.rmtree(path)
+        elif _is_written(path.name):
+            path.unlink()
     environment = {name: version(name) for name in VERSIONS} | {
         "python": platform.python_version(),
         "machine": platform.machine(),
         "command": sys.argv[1:],
     }
-    write_atomic(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-    if isinstance(recipe, Recipe):
-        sources = {name: part.to_dict() for name, part in recipe.sources().items()}
-        write_atomic(folder / PARTS, json.dumps(sources, indent=2) + "\n")
+    _write_json(folder / ENVIRONMENT, environment)
+    _write_json(folder / PARTS, {name: part.to_dict() for name, part in recipe.sources().items()})
+    if data is not None:
+        _write_json(folder / DATA, data)
     write_atomic(folder / RECIPE, dump_recipe(recipe))
+
+
+def _write_json(path: Path, values: Mapping[str, object]) -> None:
+    write_atomic(path, json.dumps(values, indent=2) + "\n")
+
+
+def _digests(train: SpeechData, dev: SpeechData | None) -> dict[str, str]:
+    """SHA-256 of what is trained and validated on."""
+    return {"train": train.digest()} | ({"dev": dev.digest()} if dev else {})
 
 
 def train(
@@ -94,20 +138,20 @@ def train(
     Nothing is written before the models and the data are loaded.
     """
     check_folder(recipe, folder, resume=resume, overwrite=overwrite)
-    if resume:
-        _compare_sources(recipe, folder)
     torch.manual_seed(recipe.seed)
-    model = recipe.build().to(choose_device())
+    model = (_as_recorded(recipe, folder) if resume else recipe).build().to(choose_device())
     for line in model.summary():
         log.info(line)
     train_data, dev = speech_data(recipe, model)
-    open_run(recipe, folder, resume=resume)
+    open_run(recipe, folder, resume=resume, data=_digests(train_data, dev))
     task = SpeechTask(model, train_data, dev, recipe.train)
     return fit(task, recipe.train, folder, resume=resume, on_step=on_step)
 
 
 def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     """The trained model of a run folder, in evaluation mode, and its recipe.
+
+    A run that has not been validated yet gives its newest sound checkpoint.
 
     Raises IsthmusError when the run is unfinished or damaged, or when a frozen part is not the one
     it was trained with.
@@ -116,26 +160,40 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
         raise IsthmusError(
             f"{folder} is no run folder: it has no {RECIPE}. Name one that `isthmus train` made."
         )
-    if not (folder / BEST).is_dir():
-        raise IsthmusError(
-            f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
-        )
-    recipe = load_recipe(folder / RECIPE)
+    recover_folder(folder / BEST)
+    weights = folder / BEST
+    if not weights.is_dir():
+        newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
+        if newest is None:
+            raise IsthmusError(
+                f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
+                + "".join(f" {fault}" for fault in faults)
+            )
+        log.info("%s was never validated: its newest checkpoint %s", folder, newest.name)
+        weights = newest
+    recipe = _as_recorded(load_recipe(folder / RECIPE), folder)
     _compare_sources(recipe, folder)
     model = recipe.build()
-    checkpoint.load_weights(folder / BEST, model.trained_state())
+    checkpoint.load_weights(weights, model.trained_state())
     return model.to(choose_device()).eval(), recipe
 
 
-def _compare_sources(recipe: Recipe, folder: Path) -> None:
-    """Frozen parts are stored by checksum only: they must still be the same."""
+def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the commits that the run was trained with, where they come from the hub."""
+    commits = {name: part["commit"] for name, part in read_json(folder / PARTS).items()}
+    parts = {name: getattr(recipe, name).at(commit) for name, commit in commits.items() if commit}
+    return recipe.model_copy(update=parts)
+
+
+def _compare_sources(recipe: Experiment, folder: Path) -> None:
+    """What a run starts from is stored by checksum only: it must still be the same."""
     recorded = read_json(folder / PARTS)
     for name, part in recipe.sources().items():
         if recorded.get(name, {}).get("sha256") != part.sha256:
             raise IsthmusError(
-                f"{folder} was trained with other weights of the {name} {part.name}: their "
-                f"SHA-256 in {PARTS} differ from those loaded now. Pin `{name}.revision`, or "
-                "restore the folder."
+                f"{folder} was trained with other files of the {name} {part.name}: their "
+                f"SHA-256 in {PARTS} differ from those found now. Restore them; for a model of "
+                "the hub, pin the revision."
             )
 
 
@@ -150,18 +208,14 @@ def pretrain_ctc(
     """Train a Conformer with CTC; `folder`/model is the encoder to name in a recipe."""
     check_folder(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
-    train_data, dev = speech_data(recipe)
-    if recipe.start_from:
-        model = ConformerCTC.load(resolve(recipe.start_from))
-    else:
-        units = letter_tokenizer(recipe.letters)
-        model = ConformerCTC.initial(recipe.architecture, units, recipe.front_end)
-    open_run(recipe, folder, resume=resume)
+    model = recipe.build()
+    train_data, dev = speech_data(recipe, model)
+    open_run(recipe, folder, resume=resume, data=_digests(train_data, dev))
     model.to(choose_device())
     task = CTCTask(model, train_data, dev, recipe.train, recipe.data.spec_augment)
     progress = fit(task, recipe.train, folder, resume=resume, on_step=on_step)
     checkpoint.load_weights(folder / BEST, task.state())
-    model.cpu().eval().save(folder / "model")
+    write_folder(folder / MODEL, model.cpu().eval().save)
     return progress
 
 
@@ -176,18 +230,13 @@ def pretrain_lm(
     """Train a small language model; `folder`/model is the LLM to name in a recipe."""
     check_folder(recipe, folder, resume=resume, overwrite=overwrite)
     torch.manual_seed(recipe.seed)
-    if recipe.start_from:
-        llm = LLMSettings(path=recipe.start_from).build()
-        if recipe.chat:
-            llm.tokenizer.chat_template = CHAT_TEMPLATE
-    else:
-        llm = recipe.architecture.build(character_tokenizer(recipe.chat))
+    llm = recipe.build()
     open_run(recipe, folder, resume=resume)
     llm.to(choose_device())
     task = LanguageTask(llm, recipe)
     progress = fit(task, recipe.train, folder, resume=resume, on_step=on_step)
     checkpoint.load_weights(folder / BEST, task.state())
-    save_llm(llm.cpu().eval(), folder / "model")
+    write_folder(folder / MODEL, partial(save_llm, llm.cpu().eval()))
     return progress
 
 

@@ -1,0 +1,213 @@
+"""Evaluation: nothing is lost, nothing is left out in silence, nothing is written over."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import soundfile
+import yaml
+from torch import Tensor
+
+from isthmus.analysis.evaluate import ctc_scores, evaluate
+from isthmus.decoding.transcriber import Transcriber, load
+from isthmus.errors import IsthmusError
+from isthmus.recipe import load_recipe
+from isthmus.scoring import normaliser
+from isthmus.training.batches import collate
+from isthmus.training.runs import train
+
+Isthmus = Callable[..., tuple[int, str, str]]
+Waves = Callable[..., Tensor]
+TEXTS = {"a": "go left", "b": "stop", "c": "one two", "d": "yes"}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, waves: Waves) -> Path:
+    """Four good utterances."""
+    folder = tmp_path_factory.mktemp("corpora") / "speech"
+    folder.mkdir()
+    for seed, (name, text) in enumerate(TEXTS.items()):
+        samples = waves(8000 + 1600 * seed, seed=seed).numpy()
+        soundfile.write(folder / f"{name}.wav", samples, 16_000)
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def faulty(corpus: Path, waves: Waves) -> Path:
+    """The same utterances, one too long for the language model, one not audio, one without text."""
+    folder = corpus.parent / "faulty"
+    folder.mkdir()
+    for file in corpus.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    soundfile.write(folder / "long.wav", waves(60 * 16_000).numpy(), 16_000)
+    (folder / "noise.wav").write_bytes(b"RIFF nothing")
+    (folder / "mute.wav").write_bytes((corpus / "a.wav").read_bytes())
+    for name, text in (("long", "a long story"), ("noise", "hiss"), ("mute", "...")):
+        (folder / f"{name}.txt").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, model_folder: Callable[[str], Path]
+) -> Path:
+    """A run of one step."""
+    folder = tmp_path_factory.mktemp("runs")
+    recipe = {
+        "name": "tiny",
+        "encoder": {"type": "conformer", "path": str(model_folder("conformer"))},
+        "projector": {"downsample_rate": 2, "hidden": 16},
+        "llm": {"path": str(model_folder("llama"))},
+        "data": {"train": [str(corpus)]},
+        "train": {"steps": 1, "batch_size": 2, "warmup_steps": 0},
+        "decode": {"tokens_per_second": 4, "extra_tokens": 4, "batch_size": 3},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    train(load_recipe(folder / "recipe.yaml"), folder / "run")
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def transcriber(run: Path) -> Transcriber:
+    return load(run)
+
+
+@pytest.fixture
+def deaf(transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch) -> Transcriber:
+    """One that must not be asked to transcribe."""
+
+    def refuse(*arguments: Any) -> None:
+        pytest.fail("decoded before the request was checked")
+
+    monkeypatch.setattr(transcriber, "results", refuse)
+    return transcriber
+
+
+def test_what_is_left_out_is_counted_and_the_rest_is_scored(
+    transcriber: Transcriber, corpus: Path, faulty: Path
+) -> None:
+    whole = evaluate(transcriber, [str(corpus)])
+    result = evaluate(transcriber, [str(corpus), str(faulty)])
+    report = json.loads(json.dumps(result.to_dict()))
+    reasons = {"empty_text": 1, "too_long": 1, "unreadable": 1}
+    assert report["left_out"] == {"speech": {}, "faulty": reasons}
+    assert report["sets"]["faulty"] == report["sets"]["speech"] == whole.to_dict()["sets"]["speech"]
+    assert report["sets"]["faulty"]["utterances"] == len(TEXTS)
+    assert report["utterances"] == 2 * len(TEXTS)
+    for item in result.sets["faulty"]:
+        alone = transcriber.transcribe(item.cut)
+        assert (item.cut.id, alone.text) in {
+            (one.cut.id, one.transcript.text) for one in whole.sets["speech"]
+        }
+
+
+def test_progress_counts_every_utterance(transcriber: Transcriber, faulty: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    evaluate(transcriber, [str(faulty)], on_batch=lambda done, total: seen.append((done, total)))
+    assert seen == [(number, 5) for number in range(1, 6)]  # two are known beforehand
+
+
+def test_nothing_usable_is_an_error(transcriber: Transcriber, faulty: Path, tmp_path: Path) -> None:
+    for suffix in ("wav", "txt"):
+        (tmp_path / f"long.{suffix}").write_bytes((faulty / f"long.{suffix}").read_bytes())
+    with pytest.raises(IsthmusError, match=r"None of 1 utterances.*too_long"):
+        evaluate(transcriber, [str(tmp_path)])
+    report = evaluate(transcriber, [str(tmp_path), str(faulty)]).to_dict()
+    assert report["sets"][tmp_path.name]["wer"] is None
+
+
+def test_faults_of_the_request_come_before_decoding(
+    deaf: Transcriber, corpus: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(IsthmusError, match="Did you mean 'basic'"):
+        evaluate(deaf, [str(corpus)], normaliser="basik")
+    (tmp_path / "speech.jsonl").write_text("of another day")
+    with pytest.raises(IsthmusError, match=r"speech\.jsonl exists"):
+        evaluate(deaf, [str(corpus)], folder=tmp_path)
+    assert (tmp_path / "speech.jsonl").read_text() == "of another day"
+
+
+def test_transcripts_are_written_before_they_are_scored(
+    transcriber: Transcriber, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "failing_rules.py").write_text("def fail(text):\n    raise RuntimeError(text)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError):
+        evaluate(transcriber, [str(corpus)], normaliser="failing_rules:fail", folder=out)
+    rows = [json.loads(line) for line in (out / "speech.jsonl").open()]
+    assert {row["id"]: row["text"] for row in rows} == TEXTS
+
+
+def test_sets_of_one_name_are_kept_apart(
+    transcriber: Transcriber, corpus: Path, tmp_path: Path
+) -> None:
+    lines = [
+        json.dumps({"id": id, "audio_filepath": str(corpus / f"{id}.wav"), "text": text}) + "\n"
+        for id, text in TEXTS.items()
+    ]
+    for number, folder in enumerate(("a/b", "x/a/b", "a_b")):
+        (tmp_path / folder).mkdir(parents=True)
+        name = "b_c.jsonl" if folder == "a_b" else "c.jsonl"
+        (tmp_path / folder / name).write_text("".join(lines[: number + 1]))
+    corpora = sorted(map(str, tmp_path.rglob("*.jsonl")))
+    result = evaluate(transcriber, corpora, folder=tmp_path / "out")
+    assert sorted(map(len, result.sets.values())) == [1, 2, 3]
+    written = [len(file.read_text().splitlines()) for file in (tmp_path / "out").iterdir()]
+    assert sorted(written) == [1, 2, 3]
+
+
+def test_ctc_is_scored_on_the_same_utterances(transcriber: Transcriber, faulty: Path) -> None:
+    evaluation = evaluate(transcriber, [str(faulty)])
+    scores = ctc_scores(transcriber, evaluation)
+    found = {one.id: one.hypothesis for one in scores.sets["faulty"].utterances}
+    assert found.keys() == TEXTS.keys()
+    head = transcriber.model.encoder.ctc
+    assert head is not None
+    for item in evaluation.sets["faulty"]:
+        batch = collate([""], [transcriber.load(item.cut)], [""])
+        frames, lengths = transcriber.model.encoder(batch.waveforms, batch.num_samples)
+        [heard] = head.greedy(head.log_probs(frames), lengths)
+        assert normaliser("basic")(heard) == found[item.cut.id]
+
+
+def test_the_command_goes_on_says_what_is_left_out_and_exits_1(
+    isthmus: Isthmus, run: Path, corpus: Path, faulty: Path, tmp_path: Path
+) -> None:
+    code, out, _ = isthmus("evaluate", run, corpus, "--ctc", "--json", "-o", tmp_path)
+    assert code == 0
+    report = json.loads(out)
+    assert report["ctc"]["words"] == report["words"] == 6
+    code, _, err = isthmus("evaluate", run, corpus, "-o", tmp_path)
+    assert (code, "exists" in err) == (1, True)
+    code, out, _ = isthmus("evaluate", run, faulty)
+    assert code == 1
+    assert "left out of faulty: 1 empty_text, 1" in out
+    long, short = faulty / "long.wav", faulty / "a.wav"
+    code, out, err = isthmus("transcribe", long, short, tmp_path / "none.wav", "--model", run)
+    assert code == 1
+    assert out.startswith(f"{short}: ")
+    assert f"error: {long} (60.0 s) is too long" in err
+    assert "none.wav" in err
+    _, out, _ = isthmus("transcribe", long, short, "--model", run, "--json")
+    first, second = json.loads(out)["files"]
+    assert first.keys() == {"file", "error"}
+    assert second["file"] == str(short)
+
+
+def test_ctc_is_refused_before_decoding(
+    isthmus: Isthmus, run: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_ctc(*arguments: Any, **options: Any) -> Transcriber:
+        transcriber = load(*arguments, **options)
+        transcriber.model.encoder.ctc = None
+        monkeypatch.setattr(transcriber, "results", lambda audio: pytest.fail("decoded"))
+        return transcriber
+
+    monkeypatch.setattr("isthmus.decoding.transcriber.load", without_ctc)
+    code, _, err = isthmus("evaluate", run, corpus, "--ctc")
+    assert code == 1
+    assert "no CTC head" in err
