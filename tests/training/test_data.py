@@ -17,9 +17,9 @@ from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Corpus, CTCRecipe, DataSettings, JoinSettings, Recipe
-from isthmus.speech.augment import Augmentation, Speed
+from isthmus.speech.augment import Augmentation, Padding, Speed
 from isthmus.training.batches import SpeechData, join_utterances
-from isthmus.training.data import fits_model, lengthening, load_cuts, speech_data
+from isthmus.training.data import fits_model, load_cuts, speech_data
 
 
 @pytest.fixture
@@ -86,32 +86,36 @@ def test_beyond_the_encoders_limit_is_left_out(speech: Path, whisper_llama: Spee
     assert [cut.id for cut in cuts] == ["a", "b"]
 
 
-def test_what_slower_speech_would_make_too_long_does_not_fit(whisper_llama: SpeechLLM) -> None:
-    slower = lengthening(Augmentation(speed=Speed(factors=(0.85, 1.15))))
-    assert slower * 0.85 == pytest.approx(1, abs=0.002)
-    assert lengthening(None) == lengthening(Augmentation()) == 1
-    assert lengthening(Augmentation(speed=Speed(factors=(1.1, 1.2)))) == 1
-    slowed = fits_model(whisper_llama, slower)
-    assert fits_model(whisper_llama)(29.9, "yes") is None
-    assert "35.2 s of audio are more than the 30 s" in str(slowed(29.9, "yes"))
-    assert slowed(25.4, "yes") is None
-    assert "positions" in str(slowed(25.4, "yes " * 40))
+def test_what_augmentation_would_make_too_long_does_not_fit(whisper_llama: SpeechLLM) -> None:
+    slowed = fits_model(whisper_llama, Augmentation(speed=Speed(factors=(0.85, 1.15))))
+    assert fits_model(whisper_llama)([29.9], "yes") is None
+    assert "35.2 s of audio are more than the 30 s" in str(slowed([29.9], "yes"))
+    assert slowed([25.4], "yes") is None
+    assert "positions" in str(slowed([25.4], "yes " * 40))
+    padded = fits_model(whisper_llama, Augmentation(padding=Padding(seconds=(0.0, 0.25))))
+    assert padded([29.4], "yes") is None
+    assert "30.1 s of audio" in str(padded([29.6], "yes"))
+    assert "30.1 s of audio" in str(padded([14.55, 14.55], "yes"))  # each has its own silence
 
 
-@pytest.mark.parametrize("factor", [0.85, 0.9001, 1.0])
-def test_no_draw_of_the_speed_is_beyond_what_was_checked(factor: float) -> None:
-    speed = Speed(factors=(factor, factor))
+@pytest.mark.parametrize("factor", [0.85, 0.9001, 1.0, 1.2])
+def test_no_draw_is_longer_than_what_was_checked(factor: float) -> None:
+    effects = Augmentation(
+        speed=Speed(factors=(factor, factor)), speed_probability=1, padding=Padding()
+    )
     for num_samples in (1_600, 100_003, 479_999):
-        slow = speed(np.zeros(num_samples, np.float32), np.random.default_rng(0))
-        assert len(slow) <= num_samples * lengthening(Augmentation(speed=speed))
+        for seed in range(3):
+            heard = effects(np.zeros(num_samples, np.float32), np.random.default_rng(seed))
+            assert len(heard) <= 16_000 * effects.longest(num_samples / 16_000)
+    assert Augmentation().longest(3.0) == 3.0
 
 
 def test_joined_utterances_fit_the_model_too(whisper_llama: SpeechLLM) -> None:
     seconds, text = [9.0] * 12, "some words of a transcript"
-    fits = fits_model(whisper_llama, 1 / 0.85)
+    fits = fits_model(whisper_llama, Augmentation(speed=Speed(factors=(0.85, 1.0))))
 
     def group_fits(group: Sequence[int]) -> bool:
-        return fits(9.0 * len(group), " ".join([text] * len(group))) is None
+        return fits([9.0] * len(group), " ".join([text] * len(group))) is None
 
     join = JoinSettings(probability=1.0, max_seconds=60)
     groups = join_utterances(seconds, join, seed=0, epoch=0, fits=group_fits)
@@ -150,11 +154,11 @@ def conformer() -> ConformerCTC:
 
 def test_ctc_needs_letters_it_knows_and_a_frame_for_each() -> None:
     fits = fits_model(conformer())
-    assert fits(1.0, "a bee sees") is None
-    assert fits(1.0, "A bee sees 2") == "its text has '2', 'A', not among the letters"
-    assert fits(0.3, "abc") is None  # four frames
-    assert fits(0.3, "aab") is None
-    assert fits(0.3, "aabb") == "its text needs 6 frames for CTC, the audio has 4"
+    assert fits([1.0], "a bee sees") is None
+    assert fits([1.0], "A bee sees 2") == "its text has '2', 'A', not among the letters"
+    assert fits([0.3], "abc") is None  # four frames
+    assert fits([0.3], "aab") is None
+    assert fits([0.3], "aabb") == "its text needs 6 frames for CTC, the audio has 4"
 
 
 def test_such_texts_are_bad_items(speech: Path) -> None:

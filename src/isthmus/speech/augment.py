@@ -38,6 +38,16 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Padding(_Settings):
+    """Put silence before and behind: recordings that are cut tightly all begin alike."""
+
+    seconds: Range = (0.0, 0.25)  # at each end
+
+    def __call__(self, waveform: np.ndarray, rng: Rng) -> np.ndarray:
+        before, behind = (int(SAMPLE_RATE * rng.uniform(*self.seconds)) for _ in range(2))
+        return np.pad(waveform, (before, behind))
+
+
 class Speed(_Settings):
     """Play faster or slower, pitch included (Ko et al. 2015, "Audio augmentation").
 
@@ -153,6 +163,8 @@ class Augmentation(_Settings):
     An effect that is None is off; one that is set happens with its probability.
     """
 
+    padding: Padding | None = None
+    padding_probability: Probability = 0.5
     speed: Speed | None = None
     speed_probability: Probability = 0.5
     reverb: Reverb | None = None
@@ -172,6 +184,7 @@ class Augmentation(_Settings):
     def all(cls) -> "Augmentation":
         """Return every effect with its default settings and probability."""
         return cls(
+            padding=Padding(),
             speed=Speed(),
             reverb=Reverb(),
             noise=Noise(),
@@ -181,11 +194,20 @@ class Augmentation(_Settings):
             gain=Gain(),
         )
 
+    def longest(self, seconds: float) -> float:
+        """Seconds that an utterance of `seconds` may last afterwards, at most."""
+        if self.padding is not None:
+            seconds += 2 * self.padding.seconds[1]
+        if self.speed is not None:
+            seconds *= max(1.0, 1.001 / self.speed.factors[0])  # a little, as resampling rounds
+        return seconds
+
     def __call__(self, waveform: np.ndarray, rng: Rng) -> np.ndarray:
         """Augment a waveform (S,); the result is a new float32 array within [-1, 1]."""
         if waveform.ndim != 1 or not len(waveform):
             raise ValueError(f"augmentation takes a waveform (S,), S > 0, not {waveform.shape}")
         effects = (
+            (self.padding, self.padding_probability),
             (self.speed, self.speed_probability),
             (self.reverb, self.reverb_probability),
             (self.noise, self.noise_probability),

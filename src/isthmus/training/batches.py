@@ -39,7 +39,8 @@ class Batch:
 
 
 Group = tuple[int, ...]  # utterances that are heard as one, usually a single one
-Fits = Callable[[float, str], str | None]  # what is wrong with (seconds, transcript), if anything
+# What is wrong with utterances heard as one: (seconds of each, transcript), None if nothing is.
+Fits = Callable[[Sequence[float], str], str | None]
 
 
 def join_utterances(
@@ -116,7 +117,7 @@ class SpeechData:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         join: JoinSettings | None = None,
-        fits: Fits = lambda seconds, text: None,
+        fits: Fits = lambda durations, text: None,
     ):
         self.cuts = cuts
         self.durations = [float(cut.duration) for cut in cuts]
@@ -154,7 +155,7 @@ class SpeechData:
         return collate(ids, waveforms, [self._text(group) for group in groups])
 
     def _group_fits(self, group: Sequence[int]) -> bool:
-        return self.fits(self._seconds(group), self._text(group)) is None
+        return self.fits([self.durations[index] for index in group], self._text(group)) is None
 
     def _seconds(self, group: Sequence[int]) -> float:
         return sum(self.durations[index] for index in group)

@@ -30,7 +30,7 @@ def speech_data(
     data = recipe.data
     if not data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to train on.")
-    fits = fits_model(model, lengthening(data.augment))
+    fits = fits_model(model, data.augment)
     train = SpeechData(
         load_cuts(data.train, data, fits),
         seed=recipe.seed,
@@ -45,7 +45,7 @@ def speech_data(
 def load_cuts(
     corpora: Sequence[Corpus | str],
     data: DataSettings,
-    fits: Fits = lambda seconds, text: None,
+    fits: Fits = lambda durations, text: None,
 ) -> list[Cut]:
     """Usable utterances of corpora, as often as each is repeated; says what was left out."""
     cuts: list[Cut] = []
@@ -56,7 +56,7 @@ def load_cuts(
             max_bad_fraction=data.max_bad_fraction,
             max_seconds=data.max_seconds,
         )
-        found = [(cut, fits(float(cut.duration), transcript(cut))) for cut in good]
+        found = [(cut, fits([float(cut.duration)], transcript(cut))) for cut in good]
         kept = [cut for cut, fault in found if fault is None]
         faults = [f"utterance {cut.id!r}: {fault}" for cut, fault in found if fault]
         if faults and report.n_in - len(kept) > data.max_bad_fraction * report.n_in:
@@ -82,23 +82,16 @@ def load_cuts(
     return cuts
 
 
-def lengthening(augmentation: Augmentation | None) -> float:
-    """How many times as long augmentation can make an utterance, at most."""
-    if augmentation is None or augmentation.speed is None:
-        return 1.0
-    slowest, _ = augmentation.speed.factors
-    return max(1.0, 1.001 / slowest)  # and a little, as resampling rounds
-
-
-def fits_model(model: SpeechLLM | ConformerCTC, longer: float = 1.0) -> Fits:
-    """What is wrong for `model` with an utterance that may become `longer` times as long."""
+def fits_model(model: SpeechLLM | ConformerCTC, augmentation: Augmentation | None = None) -> Fits:
+    """What is wrong for `model` with utterances heard as one, however `augmentation` draws."""
     if isinstance(model, ConformerCTC):
         return _fits_ctc(model)
+    longest = augmentation.longest if augmentation else lambda seconds: seconds
 
-    def fault(seconds: float, text: str) -> str | None:
+    def fault(durations: Sequence[float], text: str) -> str | None:
         tokens = len(plain_tokens(model.llm.tokenizer, text)) + 1  # the end token
-        found = model.fault(seconds * longer, tokens)
-        return f"{found}, if data.augment.speed slows it down" if found and longer > 1 else found
+        found = model.fault(sum(map(longest, durations)), tokens)
+        return f"{found}, as data.augment may lengthen it" if found and augmentation else found
 
     return fault
 
@@ -107,12 +100,12 @@ def _fits_ctc(model: ConformerCTC) -> Fits:
     """CTC needs a frame for each letter, and one more between two equal ones."""
     units = model.tokenizer.get_vocab().keys()
 
-    def fault(seconds: float, text: str) -> str | None:
+    def fault(durations: Sequence[float], text: str) -> str | None:
         unknown = sorted(set(text) - units)
         if unknown:
             return f"its text has {', '.join(map(repr, unknown))}, not among the letters"
         needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))
-        frames = model.output_length(int(seconds * SAMPLE_RATE))
+        frames = model.output_length(int(sum(durations) * SAMPLE_RATE))
         if needed > frames:
             return f"its text needs {needed} frames for CTC, the audio has {frames}"
         return None
