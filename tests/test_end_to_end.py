@@ -240,7 +240,7 @@ def test_pretrained_models_are_sealed_and_gone_on_from(
         weights = first / "model/model.safetensors"
         weights.write_bytes(weights.read_bytes() + b" ")
         code, _, err = isthmus(verb, file, *on, "--resume")
-        assert (code, "other weights of the start_from" in err) == (1, True)
+        assert (code, "other files of the start_from" in err) == (1, True)
 
 
 def test_damaged_unfinished_and_foreign_runs_are_refused(
