@@ -91,9 +91,13 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     yours = {name: text.text for name, text in zip(own, own_texts, strict=True)}
     page = folder / "report.html"
     report = _report(recipe, transcriber, evaluation, Curves.read(curve, found), yours)
-    write_atomic(
-        page, render(replace(report, training_seconds=seconds["training"], files=str(folder)))
+    report = replace(
+        report,
+        training_seconds=seconds["training"],
+        commands=_next(folder / "run"),
+        files=str(folder),
     )
+    write_atomic(page, render(report))
     _print_results(console, evaluation, yours)
     _print_next(console, folder / "run", page)
     score = evaluation.scores.pooled
@@ -164,7 +168,6 @@ def _report(
         alignments=[align(model, load_cut(item.cut), transcript(item.cut)) for item in shown],
         transcripts=yours,
         settings=dump_recipe(recipe),
-        commands=NEXT,
     )
 
 
@@ -220,9 +223,15 @@ def _print_results(console: Console, evaluation: Evaluation, yours: dict[str, st
         console.print(Text(f"{name}: {text}"))
 
 
+def _next(run: Path) -> dict[str, str]:
+    """What to type next, and what for."""
+    return {
+        command.replace("RUN", shlex.quote(str(run))): purpose for command, purpose in NEXT.items()
+    }
+
+
 def _print_next(console: Console, run: Path, page: Path) -> None:
     console.print(f"\nThe report: [bold]{page}[/]", soft_wrap=True)
     console.print("What to type next:")
-    for command, purpose in NEXT.items():
-        typed = command.replace("RUN", shlex.quote(str(run)))
-        console.print(Text(f"  {typed}\n      {purpose}"), soft_wrap=True)
+    for command, purpose in _next(run).items():
+        console.print(Text(f"  {command}\n      {purpose}"), soft_wrap=True)
