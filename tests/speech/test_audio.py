@@ -177,6 +177,24 @@ def with_sample(value: float) -> bytes:
         (with_sample(-1e30), {"out_of_range"}),
         (encoded(noise(0.5) * 32_768), {"out_of_range"}),
     ],
+    ids=[
+        "nothing",
+        "RIFF",
+        "text",
+        "zeros",
+        "no-samples",
+        "claims-4-GiB",
+        "rate-0",
+        "rate-1",
+        "rate-655350",
+        "channels-0",
+        "channels-65",
+        "channels-255",
+        "nan",
+        "infinity",
+        "huge",
+        "16-bit-scale",
+    ],
 )
 def test_each_fault_has_its_code(data: bytes, codes: set[str]) -> None:
     assert code_of(data) in codes
