@@ -144,20 +144,20 @@ class _Engine:
             raise ModuleNotFoundError(
                 "speech synthesis needs espeak-ng: pip install 'isthmus[synth]'", name=error.name
             ) from error
-        self.library = ctypes.CDLL(espeakng_loader.get_library_path())
+        self.espeak = ctypes.CDLL(espeakng_loader.get_library_path())
         self.data = Path(espeakng_loader.get_data_path())
         data = str(self.data).encode()
-        self.sample_rate: int = self.library.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
+        self.sample_rate: int = self.espeak.espeak_Initialize(_SYNCHRONOUS, 0, data, 0)
         if self.sample_rate <= 0:
             raise SynthesisError(f"espeak-ng could not start with its data in {self.data}")
         self.callback = _CALLBACK(self._gather)  # kept: the library holds a bare pointer to it
-        self.library.espeak_SetSynthCallback(self.callback)
+        self.espeak.espeak_SetSynthCallback(self.callback)
         self.chunks: list[np.ndarray] = []
         self.starts: list[tuple[int, float]] = []  # (position in the text, seconds) of each word
 
     def close(self) -> None:
-        self.library.espeak_Terminate()
-        _ctypes.dlclose(self.library._handle)  # ctypes itself never unloads
+        self.espeak.espeak_Terminate()
+        _ctypes.dlclose(self.espeak._handle)  # ctypes itself never unloads
 
     def _gather(self, samples: Any, num_samples: int, events: Any) -> int:
         if samples and num_samples > 0:
@@ -179,9 +179,9 @@ class _Engine:
             raise SynthesisError(
                 f"espeak-ng has no variant {variant!r} of a voice.{suggest(variant, known)}"
             )
-        if self.library.espeak_SetVoiceByName(name) != 0:
+        if self.espeak.espeak_SetVoiceByName(name) != 0:
             properties = _Properties(languages=name)
-            if self.library.espeak_SetVoiceByProperties(ctypes.byref(properties)) != 0:
+            if self.espeak.espeak_SetVoiceByProperties(ctypes.byref(properties)) != 0:
                 raise SynthesisError(
                     f"espeak-ng has no voice {voice.name!r}; names look like en-us or en-gb+f4"
                 )
@@ -193,12 +193,12 @@ class _Engine:
             _WORD_GAP: voice.word_gap,
         }
         for parameter, value in settings.items():
-            self.library.espeak_SetParameter(parameter, value, 0)
+            self.espeak.espeak_SetParameter(parameter, value, 0)
 
     def say(self, spoken: str) -> None:
         encoded = spoken.encode()
         size = ctypes.c_size_t(len(encoded) + 1)
-        code = self.library.espeak_Synth(encoded, size, 0, 0, 0, _UTF8 | _PHONEMES, None, None)
+        code = self.espeak.espeak_Synth(encoded, size, 0, 0, 0, _UTF8 | _PHONEMES, None, None)
         if code != 0 or not any(chunk.any() for chunk in self.chunks):
             raise SynthesisError(f"espeak-ng made no sound of {spoken!r} (code {code})")
 
