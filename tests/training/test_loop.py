@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +103,15 @@ def run_killed(folder: Path, at: int, **changes: Any) -> None:
     fit(Regression(), settings(**changes), folder, resume=True)
 
 
+@pytest.fixture
+def listening() -> Iterator[None]:
+    """SIGINT as on a terminal; a test run in the background would have it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("listening")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_step_end_and_saves_it(tmp_path: Path, number: signal.Signals) -> None:
     run(tmp_path / "whole")
@@ -122,6 +131,7 @@ def test_a_signal_lets_the_step_end_and_saves_it(tmp_path: Path, number: signal.
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("listening")
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     class Stubborn(Regression):
         def loss(self, batch: Sequence[int], epoch: int) -> Loss:
@@ -133,6 +143,19 @@ def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", Stubborn())
+
+
+@pytest.mark.usefixtures("listening")
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    class Signalled(Regression):
+        def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+            signal.raise_signal(signal.SIGINT)
+            return super().loss(batch, epoch)
+
+    run(tmp_path / "a", Signalled())
+    assert len(losses(tmp_path / "a")) == 12
 
 
 def test_two_runs_are_the_same(tmp_path: Path) -> None:

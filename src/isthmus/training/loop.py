@@ -163,15 +163,16 @@ def _signals() -> Iterator[list[int]]:
         received.append(number)
         signal.signal(number, before[number])
 
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {int(n): signal.getsignal(n) or signal.SIG_DFL for n in numbers}
-    for number in numbers:
+    found = {int(n): signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    # what the shell lets a background job ignore stays ignored
+    before = {n: handler for n, handler in found.items() if handler not in (None, signal.SIG_IGN)}
+    for number in before:
         signal.signal(number, note)
     try:
         yield received
     finally:
-        for number in numbers:
-            signal.signal(number, before[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _autocast(task: Task, settings: LoopSettings) -> torch.autocast:
