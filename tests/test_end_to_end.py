@@ -53,7 +53,8 @@ def recipe(tmp_path: Path, speech: Path, model_folder: Callable[[str], Path]) ->
 
 def curve(run: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "step_seconds"} for line in lines]
+    measured = {"step_seconds", "tflops", "memory_gb"}
+    return [{k: v for k, v in line.items() if k not in measured} for line in lines]
 
 
 def test_train_decode_score_transcribe(
@@ -150,8 +151,11 @@ def test_runs_are_never_overwritten_unasked(
     assert (run / "best/trainable.safetensors").read_bytes() == before
     code, _, err = isthmus("train", recipe, "train.steps=2", "-o", run, "--resume")
     assert code == 1
-    assert "another recipe" in err
-    assert "steps" in err
+    assert "train.steps: 1 then, 2 now" in err
+    assert "--allow-change train.steps" in err
+    allowed = ("--resume", "--allow-change", "train.steps")
+    assert isthmus("train", recipe, "train.steps=2", "-o", run, *allowed)[0] == 0
+    assert len(curve(run)) == 2
     assert isthmus("train", recipe, "train.steps=1", "seed=5", "-o", run, "--overwrite")[0] == 0
     other = tmp_path / "notes"
     other.mkdir()
@@ -197,7 +201,7 @@ def test_resuming_on_other_data_is_refused(
     assert isthmus("train", recipe, "train.steps=1", "-o", run)[0] == 0
     (speech / "u0.txt").write_text("go right")
     code, _, err = isthmus("train", recipe, "train.steps=1", "-o", run, "--resume")
-    assert (code, "was trained on other data" in err) == (1, True)
+    assert (code, "--allow-change data" in err) == (1, True)
     (speech / "u0.txt").write_text(TEXTS[0])
     assert isthmus("train", recipe, "train.steps=1", "-o", run, "--resume")[0] == 0
 

@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from isthmus.recipe import AnyRecipe, CTCRecipe, Experiment, LanguageRecipe, Recipe
     from isthmus.training.checkpoint import Progress
     from isthmus.training.loop import OnStep
+    from isthmus.training.runs import Opening
 
     Kind = TypeVar("Kind", bound=Experiment, contravariant=True)
 
     class Job(Protocol[Kind]):
         def __call__(
-            self, recipe: Kind, folder: Path, *, resume: bool, overwrite: bool, on_step: OnStep
+            self, recipe: Kind, folder: Path, opening: Opening, *, on_step: OnStep
         ) -> Progress: ...
 
 
@@ -42,7 +43,17 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]…", help="Settings to change, as train.steps=500."),
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in the folder.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the folder; begin it if none is.")
+]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="KEY",
+        help="With --resume: let this setting differ, or data, code, or a package's version.",
+    ),
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 RunFolder = Annotated[
     Path | None, typer.Option("--output-dir", "-o", help="Run folder; runs/<name> unless given.")
@@ -103,16 +114,22 @@ def _training_verb(
         output_dir: RunFolder = None,
         resume: Resume = False,
         overwrite: Overwrite = False,
+        allow_change: AllowChange = None,
         as_json: Json = False,
     ) -> None:
         from isthmus.display import training_display
         from isthmus.recipe import load_recipe
+        from isthmus.training.parallel import leading
+        from isthmus.training.runs import Opening
 
         kind, job = parts()
         chosen = load_recipe(recipe, overrides or [], kind=kind)
         folder = output_dir or Path("runs") / chosen.name
+        opening = Opening(resume, overwrite, allow_change or ())
         with training_display(chosen.train.steps) as display:
-            end = job(chosen, folder, resume=resume, overwrite=overwrite, on_step=display)
+            end = job(chosen, folder, opening, on_step=display)
+        if not leading():
+            return
         if as_json:
             figures = {"step": end.step, "best_step": end.best_step, "best_loss": end.best_loss}
             _print_json({"run": str(folder)} | figures)
@@ -144,6 +161,31 @@ def _pretrain_lm() -> "tuple[type[LanguageRecipe], Job[LanguageRecipe]]":
 _training_verb("train", "Train what a recipe does not freeze: the projector, usually.", _train)
 _training_verb("pretrain-ctc", "Train a Conformer encoder with CTC.", _pretrain_ctc)
 _training_verb("pretrain-lm", "Train a small LLM on text made on the spot.", _pretrain_lm)
+
+
+@app.command()
+def cache(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Only read what is there, and count it.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compute the encoder's frames of a recipe's utterances once, and keep them on disk."""
+    from isthmus.display import counting
+    from isthmus.recipe import load_recipe
+    from isthmus.training.runs import cache_features
+
+    chosen = load_recipe(recipe, overrides or [])
+    with counting("utterances") as on_utterance:
+        found = cache_features(chosen, on_utterance, only_verify=verify)
+    if as_json:
+        _print_json(asdict(found))
+    else:
+        typer.echo(
+            f"{found.sound} utterances, {found.bytes / 1e9:.2f} GB; {found.broken} broken entries"
+        )
 
 
 @app.command()
@@ -370,7 +412,7 @@ def main() -> None:
         app()
     except (IsthmusError, ModuleNotFoundError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        sys.exit(error.exit_code if isinstance(error, IsthmusError) else 1)
 
 
 def _weights(domains: str) -> dict[str, float] | None:

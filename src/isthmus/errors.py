@@ -2,10 +2,22 @@
 
 import difflib
 from collections.abc import Iterable
+from typing import ClassVar
 
 
 class IsthmusError(ValueError):
     """Base of every error a user can cause; it says what, where, the value and the remedy."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class RetryLater(IsthmusError):
+    """Nothing is wrong with what was asked, and nothing was lost: the same command may succeed.
+
+    The exit code is EX_TEMPFAIL of sysexits.h, by which a scheduler knows to start the job again.
+    """
+
+    exit_code: ClassVar[int] = 75
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

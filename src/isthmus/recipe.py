@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
+import torch
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
@@ -64,6 +65,13 @@ class DataSettings(PartSettings):
     """Random concatenation, in training only."""
 
 
+class SpeechDataSettings(DataSettings):
+    """The same for a model with a frozen encoder, whose frames can be kept."""
+
+    feature_cache: Literal["off", "bfloat16", "float32"] = "off"
+    """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
+
+
 class CTCDataSettings(DataSettings):
     """The same for CTC, which can also mask features."""
 
@@ -85,9 +93,11 @@ class LoopSettings(PartSettings):
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient."""
     precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products in it (autocast); trained weights stay in float32."""
+    """bfloat16: matrix products in it; frozen weights are held in it, trained ones in float32."""
     accumulate: int = Field(1, ge=1)
-    """Batches of an optimiser step."""
+    """Batches of an optimiser step (of each process, where there are several)."""
+    workers: int | None = Field(None, ge=0)
+    """Processes that load audio ahead; unless given 4 on a GPU, none on a CPU."""
     eval_every: int = Field(1000, ge=1)
     """Steps between validations."""
     patience: int = Field(3, ge=1)
@@ -106,17 +116,34 @@ class TrainSettings(LoopSettings):
     max_duration: float | None = Field(None, gt=0)
     """Padded seconds of a batch at most, instead of batch_size."""
 
+    MEASURES: ClassVar[tuple[str, ...]] = ("batch_size", "max_duration")
+
     @model_validator(mode="before")
     @classmethod
     def _one_batch_measure(cls, values: Any) -> Any:
         if isinstance(values, dict):
-            measures = ("batch_size", "max_duration")
-            given = [name for name in measures if values.get(name) is not None]
-            if len(given) == 2:
-                raise ValueError("give batch_size or max_duration, not both")
+            given = [name for name in cls.MEASURES if values.get(name) is not None]
+            if len(given) > 1:
+                raise ValueError(f"give one of {', '.join(cls.MEASURES)}, not {len(given)}")
             if not given:
                 return {**values, "batch_size": 6}
         return values
+
+
+class SpeechTrainSettings(TrainSettings):
+    """Optimisation of a projector between two large models."""
+
+    MEASURES = ("batch_size", "max_duration", "max_tokens")
+    max_tokens: int | None = Field(None, ge=1)
+    """LLM positions of a batch at most (prompt, audio and transcript), instead of batch_size."""
+    packing: bool = True
+    """Utterances in one row without padding, where the LLM is found able; the numbers are equal."""
+    checkpointing: bool = False
+    """Keep the LLM's activations of block borders only: less memory, about 1.35 times the time."""
+    compile: bool = False
+    """torch.compile of the blocks of encoder and LLM."""
+    shard: bool = False
+    """Spread the frozen LLM over the processes (FSDP2)."""
 
 
 class DecodeSettings(PartSettings):
@@ -153,14 +180,19 @@ class Recipe(Experiment):
     encoder: EncoderSettings = Field(discriminator="type")
     projector: ProjectorSettings = LinearProjectorSettings()
     llm: LLMSettings
-    data: DataSettings = DataSettings()
-    train: TrainSettings = TrainSettings()
+    data: SpeechDataSettings = SpeechDataSettings()
+    train: SpeechTrainSettings = SpeechTrainSettings()
     prompt: PromptSettings = Field(default=PaperPrompt(), discriminator="template")
     decode: DecodeSettings = DecodeSettings()
 
     def build(self) -> SpeechLLM:
         """The model: pretrained parts loaded, the projector random (torch's generator)."""
         encoder, llm = self.encoder.build(), self.llm.build()
+        if self.train.precision == "bfloat16":
+            if self.encoder.tune == "frozen":
+                encoder.store(torch.bfloat16)
+            if self.llm.tune != "full" and self.llm.dtype == "auto":
+                llm.store(torch.bfloat16)
         return SpeechLLM(
             encoder,
             self.projector.build(encoder.dim, llm.dim),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from isthmus.recipe import JoinSettings, TrainSettings
 from isthmus.speech.augment import Augmentation, Gain
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import SpeechData, collate, join_utterances, plan_epoch
+from isthmus.training.batches import Budget, SpeechData, collate, join_utterances, plan_epoch
 
 durations = st.lists(st.floats(0.05, 30.0), min_size=1, max_size=300)
 
@@ -21,16 +21,16 @@ durations = st.lists(st.floats(0.05, 30.0), min_size=1, max_size=300)
 def test_each_utterance_once_an_epoch(
     seconds: list[float], seed: int, epoch: int, batch_size: int
 ) -> None:
-    plan = plan_epoch(seconds, seed=seed, epoch=epoch, batch_size=batch_size)
+    plan = plan_epoch(seconds, Budget(batch_size), seed=seed, epoch=epoch)
     assert sorted(index for batch in plan for index in batch) == list(range(len(seconds)))
     assert all(0 < len(batch) <= batch_size for batch in plan)
-    assert plan == plan_epoch(seconds, seed=seed, epoch=epoch, batch_size=batch_size)
+    assert plan == plan_epoch(seconds, Budget(batch_size), seed=seed, epoch=epoch)
 
 
 @given(durations, st.floats(1.0, 120.0))
 @settings(max_examples=60, deadline=None)
 def test_padded_seconds_stay_within_the_budget(seconds: list[float], budget: float) -> None:
-    plan = plan_epoch(seconds, seed=0, epoch=0, max_duration=budget)
+    plan = plan_epoch(seconds, Budget(max_duration=budget), seed=0, epoch=0)
     for batch in plan:
         padded = max(seconds[index] for index in batch) * len(batch)
         assert padded <= budget or len(batch) == 1
@@ -38,16 +38,14 @@ def test_padded_seconds_stay_within_the_budget(seconds: list[float], budget: flo
 
 def test_epochs_and_seeds_differ() -> None:
     seconds = list(np.linspace(1, 10, 200))
-    plans = [
-        plan_epoch(seconds, seed=s, epoch=e, batch_size=4) for s, e in ((0, 0), (0, 1), (1, 0))
-    ]
+    plans = [plan_epoch(seconds, Budget(4), seed=s, epoch=e) for s, e in ((0, 0), (0, 1), (1, 0))]
     assert plans[0] != plans[1]
     assert plans[0] != plans[2]
 
 
 def test_bucketing_saves_padding() -> None:
     seconds = np.random.default_rng(0).uniform(1, 20, 2000).tolist()
-    plan = plan_epoch(seconds, seed=0, epoch=0, batch_size=8)
+    plan = plan_epoch(seconds, Budget(8), seed=0, epoch=0)
     padded = sum(max(seconds[i] for i in batch) * len(batch) for batch in plan)
     order = np.random.default_rng(1).permutation(2000).reshape(-1, 8)
     unsorted = sum(max(seconds[i] for i in batch) * 8 for batch in order.tolist())

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.recipe import TrainSettings
+from isthmus.training import loop
 from isthmus.training.checkpoint import checkpoints
 from isthmus.training.loop import (
     BEST,
@@ -26,6 +27,8 @@ from isthmus.training.loop import (
     fit,
     learning_rate,
 )
+
+Points = tuple[Tensor, Tensor]  # inputs and targets of a batch
 
 
 class Regression:
@@ -41,6 +44,8 @@ class Regression:
         self.targets = self.inputs.sum(dim=1, keepdim=True)
         self.broken = broken
         self.validate = validate
+        self.seed = 0
+        self.bad_fraction = 0.0
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return dict(self.module.named_parameters())
@@ -52,19 +57,39 @@ class Regression:
         order = torch.randperm(16, generator=torch.Generator().manual_seed(epoch)).tolist()
         return [order[:3], order[3:8], order[8:10], order[10:14], order[14:]]
 
-    def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+    def dev_plan(self) -> list[list[int]]:
+        whole = [list(range(6)), list(range(6, 16))]
+        return whole if self.validate and not self.broken else []
+
+    def load(self, batch: Sequence[int], epoch: int | None) -> Points:
         inputs = self.inputs[batch]
         if self.broken & set(batch):
             inputs = inputs * math.nan
-        error = self.module(inputs) - self.targets[batch]
-        total = error.square().sum()
-        return Loss(total, len(batch), 0, seconds=float(len(batch)))
+        return inputs, self.targets[batch]
 
-    def dev_losses(self) -> Sequence[Callable[[], Loss]]:
-        return [lambda: self.loss(range(16), 0)] if self.validate and not self.broken else []
+    def loss(self, points: Points) -> Loss:
+        inputs, targets = points
+        total = (self.module(inputs) - targets).square().sum()
+        return Loss(total, len(inputs), 0, seconds=float(len(inputs)))
 
     def describe(self, batch: Sequence[int]) -> str:
         return f"points {sorted(batch)}"
+
+
+class Scripted(Regression):
+    """One validation batch, whose losses are given."""
+
+    def __init__(self, found: Sequence[float]):
+        super().__init__()
+        self.found = iter(found)
+
+    def dev_plan(self) -> list[list[int]]:
+        return [[0]]
+
+    def loss(self, points: Points) -> Loss:
+        if self.module.training:
+            return super().loss(points)
+        return Loss(torch.tensor(next(self.found)), 1, 0)
 
 
 def settings(**changes: Any) -> TrainSettings:
@@ -134,12 +159,12 @@ def test_a_signal_lets_the_step_end_and_saves_it(tmp_path: Path, number: signal.
 @pytest.mark.usefixtures("listening")
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     class Stubborn(Regression):
-        def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+        def loss(self, points: Points) -> Loss:
             if self.module.training:
                 for _ in range(2):  # apart: two that wait for delivery would be one
                     signal.raise_signal(signal.SIGINT)
                     time.sleep(0.01)
-            return super().loss(batch, epoch)
+            return super().loss(points)
 
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "a", Stubborn())
@@ -150,9 +175,9 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     class Signalled(Regression):
-        def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+        def loss(self, points: Points) -> Loss:
             signal.raise_signal(signal.SIGINT)
-            return super().loss(batch, epoch)
+            return super().loss(points)
 
     run(tmp_path / "a", Signalled())
     assert len(losses(tmp_path / "a")) == 12
@@ -175,11 +200,11 @@ def test_a_killed_and_resumed_run_is_bit_identical(
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
 
 
-def test_without_the_random_state_resume_would_differ(
+def test_without_seeds_of_the_position_resume_would_differ(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(loop.torch, "manual_seed", lambda seed: None)
     run(tmp_path / "whole")
-    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
     run_killed(tmp_path / "killed", 6)
     assert losses(tmp_path / "killed") != losses(tmp_path / "whole")
 
@@ -249,30 +274,17 @@ def test_three_such_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
 
 
 def test_training_stops_when_validation_no_longer_falls(tmp_path: Path) -> None:
-    task = Regression()
-    task.dev_losses = lambda: [lambda: Loss(torch.tensor(1.0), 1, 0)]  # type: ignore[method-assign]
     (tmp_path / "a").mkdir()
-    progress = fit(task, settings(steps=100, patience=2), tmp_path / "a")
+    progress = fit(Scripted([1.0] * 99), settings(steps=100, patience=2), tmp_path / "a")
     assert progress.step == 12  # best at 4, stale at 8 and 12
     assert progress.best_step == 4
     assert checkpoints(tmp_path / "a" / CHECKPOINTS)[-1].name == "step-000012"
 
 
 def test_a_validation_that_is_not_finite_is_never_the_best(tmp_path: Path) -> None:
-    task, found = Regression(), iter([math.nan, 2.0, math.nan, 3.0, 4.0])
-    first = [lambda: Loss(torch.tensor(9.0), 1, 0)]  # before the first step
-    task.dev_losses = lambda: (
-        first
-        or [  # type: ignore[method-assign]
-            lambda: Loss(torch.tensor(next(found)), 1, 0)
-        ]
-    )
-
-    def after_start(metrics: dict[str, Any]) -> None:
-        first.clear()
-
     (tmp_path / "a").mkdir()
-    progress = fit(task, settings(steps=100, patience=3), tmp_path / "a", on_step=after_start)
+    task = Scripted([9.0, math.nan, 2.0, math.nan, 3.0, 4.0])  # the first before any step
+    progress = fit(task, settings(steps=100, patience=3), tmp_path / "a")
     assert (progress.best_loss, progress.best_step, progress.step) == (2.0, 8, 20)
 
 
@@ -280,9 +292,9 @@ def test_validation_is_in_the_precision_of_training(tmp_path: Path) -> None:
     seen: set[tuple[bool, torch.dtype]] = set()
 
     class Watched(Regression):
-        def loss(self, batch: Sequence[int], epoch: int) -> Loss:
+        def loss(self, points: Points) -> Loss:
             seen.add((self.module.training, self.module[0](self.inputs).dtype))
-            return super().loss(batch, epoch)
+            return super().loss(points)
 
     run(tmp_path / "a", Watched(), precision="bfloat16")
     assert seen == {(True, torch.bfloat16), (False, torch.bfloat16)}

@@ -43,8 +43,9 @@ class Encoder(nn.Module):
     dim: int  # D
     frame_rate: float  # frames a second
 
-    def __init__(self) -> None:
+    def __init__(self, network: nn.Module | None = None) -> None:
         super().__init__()
+        self.network: Any = network  # of transformers, behind the front end
         self.max_seconds: float | None = None  # longest utterance, None if there is no limit
         self.ctc: ConformerCTC | None = None  # set where the encoder can spell by itself
 
@@ -55,6 +56,11 @@ class Encoder(nn.Module):
     @abstractmethod
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]: ...
 
+    def store(self, dtype: torch.dtype) -> None:
+        """Hold the weights in another precision; the front end stays in float32."""
+        if self.network is not None:
+            self.network.to(dtype)
+
 
 class WhisperEncoder(Encoder):
     """Whisper's encoder, 50 frames a second.
@@ -64,8 +70,7 @@ class WhisperEncoder(Encoder):
     """
 
     def __init__(self, network: Any, extractor: Any, pad_to_30s: bool = True):
-        super().__init__()
-        self.network: Any = network  # transformers' WhisperEncoder
+        super().__init__(network)
         self.extractor = extractor
         self.pad_to_30s = pad_to_30s
         self.dim = int(network.config.d_model)
@@ -127,8 +132,7 @@ class SelfSupervisedEncoder(Encoder):
     """
 
     def __init__(self, network: Any, normalise: bool):
-        super().__init__()
-        self.network: Any = network
+        super().__init__(network)
         self.normalise = normalise
         config = network.config
         self.dim = int(config.hidden_size)
@@ -193,13 +197,15 @@ class ConformerEncoder(Encoder):
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         return self.ctc.encode(*self.ctc.features(waveforms, num_samples))
 
+    def store(self, dtype: torch.dtype) -> None:
+        self.ctc.network.to(dtype)
+
 
 class ParakeetEncoder(Encoder):
     """NVIDIA's Parakeet (FastConformer) with the front end of its feature extractor."""
 
     def __init__(self, network: Any, extractor: Any):
-        super().__init__()
-        self.network: Any = network
+        super().__init__(network)
         self.extractor = extractor
         self.dim = int(network.config.hidden_size)
         self.frame_rate = SAMPLE_RATE / extractor.hop_length / network.config.subsampling_factor

@@ -98,6 +98,10 @@ class LLM(nn.Module):
         embedded: Tensor = self._embedding(tokens)
         return embedded
 
+    def store(self, dtype: torch.dtype) -> None:
+        """Hold the weights in another precision."""
+        cast(nn.Module, self.network).to(dtype)
+
     def end_tokens(self, end: int) -> list[int]:
         """Tokens that end a transcript: the prompt's own and the model's."""
         generation: Any = self.network.generation_config

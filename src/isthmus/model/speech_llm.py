@@ -4,30 +4,52 @@ Shapes: B batch, S samples, T encoder frames, A audio embeddings, L positions, K
 loss, E LLM width, V tokens.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
+from isthmus.model.cross_entropy import summed_cross_entropy
 from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
+from isthmus.model.packing import (
+    Choice,
+    Prefix,
+    choose_attention,
+    packed_hidden,
+    shared_prefix,
+)
 from isthmus.model.parts import Tune, freeze
 from isthmus.model.projector import Projector
 from isthmus.model.prompt import Prompt, tokenise
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss
+AUDIO = -1  # stands for a token where an audio embedding goes
 
 
 @dataclass(frozen=True)
-class Sequences:
-    """Embedded sequences, padded at the end."""
+class Row:
+    """Embedded sequences, one behind the other."""
 
-    embeddings: Tensor  # (B, L, E)
-    mask: Tensor  # (B, L) 1 where valid
-    labels: Tensor  # (B, L) token ids, IGNORE without loss
+    embeddings: Tensor  # (L, E)
+    labels: Tensor  # (L,) token ids, IGNORE without loss
+    lengths: list[int]  # of each, L together
+
+
+@dataclass(frozen=True)
+class TranscriptLoss:
+    """Cross-entropy of a batch of transcripts, in nats."""
+
+    total: Tensor  # () summed over their tokens, differentiable
+    tokens: int
+    correct: Tensor  # () tokens that are the likeliest
+    positions: int  # that the language model worked on, padding among them
+    padding: int
 
 
 class SpeechLLM(nn.Module):
@@ -55,6 +77,8 @@ class SpeechLLM(nn.Module):
         for parameter in self.trainable().values():
             parameter.data = parameter.data.float()  # small steps get lost in half precision
         self.end_token = prompt.end_token(llm.tokenizer)
+        self.attention: Choice | None = None  # None: utterances padded to the longest
+        self.prefix: Prefix | None = None  # what all prompts begin with, where it is shared
 
     def frozen_parts(self) -> list[nn.Module]:
         parts = {"encoder": self.encoder, "llm": self.llm}
@@ -96,6 +120,15 @@ class SpeechLLM(nn.Module):
         frames = self.encoder.output_length(int(seconds * SAMPLE_RATE))
         return self.projector.output_length(frames)
 
+    def positions(self, seconds: float, text_tokens: int) -> int:
+        """Positions in the language model of an utterance, its prompt among them."""
+        return self._prompt_tokens + self.audio_tokens(seconds) + text_tokens
+
+    @cached_property
+    def _prompt_tokens(self) -> int:
+        prompt = tokenise(self.prompt, self.llm.tokenizer)
+        return sum(len(piece.tokens) for piece in prompt if piece.tokens)
+
     def fault(self, seconds: float, text_tokens: int = 0) -> str | None:
         """Why an utterance that long, with a transcript of so many tokens, is too much; else None.
 
@@ -105,68 +138,164 @@ class SpeechLLM(nn.Module):
         if limit is not None and seconds > limit:
             return f"{seconds:.1f} s of audio are more than the {limit:g} s that the encoder takes"
         room = self.llm.max_tokens
-        prompt = tokenise(self.prompt, self.llm.tokenizer)
-        positions = sum(len(piece.tokens) for piece in prompt if piece.tokens)
-        positions += self.audio_tokens(seconds) + text_tokens
+        positions = self.positions(seconds, text_tokens)
         if room is not None and positions > room:
             return f"it takes {positions} positions, the language model has {room}"
         return None
 
+    def pack(self) -> str:
+        """Train on rows without padding, if the language model can; how, and why, in words.
+
+        To be called once the model is on its device, under the precision of training.
+        """
+        choice = choose_attention(self.llm.network)
+        if choice.backend is None:
+            return choice.reason
+        self.attention = choice
+        tokens = self._prefix_tokens()
+        if not (choice.prefix and self.tune["llm"] == "frozen" and tokens):
+            return choice.reason
+        device = next(self.llm.parameters()).device
+        embeddings = self.llm.embed(torch.tensor(tokens, device=device))
+        self.prefix = shared_prefix(self.llm.network, embeddings)
+        return f"{choice.reason}; the first {len(tokens)} tokens of the prompt computed once"
+
+    def encode(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
+        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length."""
+        frames, num_frames = self.encoder(waveforms, num_samples)
+        return [row[:length] for row, length in zip(frames, num_frames.tolist(), strict=True)]
+
+    def project(self, frames: Sequence[Tensor]) -> list[Tensor]:
+        """B tensors of frames (T, D) to B tensors of audio embeddings (A, E)."""
+        lengths = torch.tensor([len(row) for row in frames], device=frames[0].device)
+        padded = nn.utils.rnn.pad_sequence([row.float() for row in frames], batch_first=True)
+        embeddings, found = self.projector(padded, lengths)
+        return [row[:length] for row, length in zip(embeddings, found.tolist(), strict=True)]
+
     def embed_audio(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
         """Waveforms (B, S) to B tensors of audio embeddings (A, E), each at its own length."""
-        frames, num_frames = self.encoder(waveforms, num_samples)
-        embeddings, lengths = self.projector(frames.float(), num_frames)
-        return [row[:length] for row, length in zip(embeddings, lengths.tolist(), strict=True)]
+        return self.project(self.encode(waveforms, num_samples))
 
     def sequence(self, audio: Tensor, transcript: str | None = None) -> tuple[Tensor, Tensor]:
         """One utterance's embeddings (L, E) and labels (L,) from its audio embeddings (A, E).
 
         Without a transcript it is the decoding prompt.
         """
-        embeddings, labels = [], []
-        for piece in tokenise(self.prompt, self.llm.tokenizer, transcript):
-            ids = [IGNORE] * len(audio) if piece.tokens is None else piece.tokens
-            tokens = torch.tensor(ids, dtype=torch.long, device=audio.device)
-            embeddings.append(audio if piece.tokens is None else self.llm.embed(tokens))
-            labels.append(tokens if piece.loss else torch.full_like(tokens, IGNORE))
-        dtype = self.llm.dtype
-        return torch.cat([part.to(dtype) for part in embeddings]), torch.cat(labels)
+        row = self.row([audio], [transcript])
+        return row.embeddings, row.labels
 
-    def sequences(self, audio: Sequence[Tensor], transcripts: Sequence[str]) -> Sequences:
-        """Training sequences of a batch.
+    def row(self, audio: Sequence[Tensor], transcripts: Sequence[str | None], skip: int = 0) -> Row:
+        """The sequences of a batch, each without its first `skip` tokens.
 
         Raises IsthmusError for a sequence longer than the language model takes.
         """
-        built = [self.sequence(a, text) for a, text in zip(audio, transcripts, strict=True)]
-        lengths = [len(labels) for _, labels in built]
-        longest = max(lengths)
+        tokens: list[int] = []
+        labels: list[int] = []
+        lengths = []
         limit = self.llm.max_tokens
-        if limit is not None and longest > limit:
-            transcript = transcripts[lengths.index(longest)]
-            raise IsthmusError(
-                f"A training sequence has {longest} positions, the language model takes {limit}. "
-                "Lower data.max_seconds, or leave out the utterance with the transcript "
-                f"{transcript[:60]!r} ({len(transcript)} letters)."
-            )
-        pad = nn.utils.rnn.pad_sequence
-        labels = pad([row for _, row in built], batch_first=True, padding_value=IGNORE)
-        positions = torch.arange(longest, device=labels.device)
-        mask = positions < torch.tensor(lengths, device=labels.device)[:, None]
-        embeddings = pad([row for row, _ in built], batch_first=True)
-        return Sequences(embeddings, mask.long(), labels)
+        for embeddings, transcript in zip(audio, transcripts, strict=True):
+            own_tokens, own_labels = self._layout(len(embeddings), transcript)
+            if transcript is not None and limit is not None and len(own_tokens) > limit:
+                raise IsthmusError(
+                    f"A training sequence has {len(own_tokens)} positions, the language model "
+                    f"takes {limit}. Lower data.max_seconds, or leave out the utterance with the "
+                    f"transcript {transcript[:60]!r} ({len(transcript)} letters)."
+                )
+            tokens += own_tokens[skip:]
+            labels += own_labels[skip:]
+            lengths.append(len(own_tokens) - skip)
+        placed = torch.tensor(tokens)
+        heard = torch.cat(list(audio)).to(self.llm.dtype)
+        where = (placed == AUDIO).nonzero()[:, 0].to(heard.device)
+        text = self.llm.embed(placed.clamp(min=0).to(heard.device)).to(self.llm.dtype)
+        return Row(text.index_copy(0, where, heard), torch.tensor(labels).to(heard.device), lengths)
+
+    def transcript_loss(
+        self, audio: Sequence[Tensor], transcripts: Sequence[str]
+    ) -> TranscriptLoss:
+        """The loss of transcripts after their audio embeddings (A, E)."""
+        if self.attention is None:
+            return self._padded_loss(self.row(audio, transcripts))
+        return self._packed_loss(self.attention, audio, transcripts)
 
     def loss(
         self, waveforms: Tensor, num_samples: Tensor, transcripts: Sequence[str]
     ) -> tuple[Tensor, int, int]:
         """Summed cross-entropy () of the transcripts, their tokens, and how many come out right."""
-        batch = self.sequences(self.embed_audio(waveforms, num_samples), transcripts)
-        targets = batch.labels[:, 1:]  # position n predicts token n + 1
+        found = self.transcript_loss(self.embed_audio(waveforms, num_samples), transcripts)
+        return found.total, found.tokens, int(found.correct)
+
+    def flops(self, positions: int, tokens: int, encoded_seconds: float) -> float:
+        """Floating-point operations of the model, forward and backward, for so much of a batch.
+
+        Two for each weight and position forward, two for the gradient to the input, and two for
+        that of a weight that is trained (arXiv 2001.08361, section 2.1). Attention's own products,
+        the projector and what is recomputed are not counted.
+        """
+        body, head, trained = self._llm_sizes
+        llm = (4 * body + 2 * trained) * positions + 4 * head * tokens
+        per_frame = 2 if self.tune["encoder"] == "frozen" else 6
+        encoder = sum(value.numel() for value in self.encoder.parameters())
+        return llm + per_frame * encoder * encoded_seconds * self.encoder.frame_rate
+
+    @cached_property
+    def _llm_sizes(self) -> tuple[int, int, int]:
+        """Weights of the blocks, of the head, and how many of the former are trained."""
+        network = self.llm.network
+        tables = {network.get_input_embeddings(), network.get_output_embeddings()} - {None}
+        outside = {id(value) for table in tables for value in table.parameters()}
+        blocks = [value for value in network.parameters() if id(value) not in outside]
+        trained = sum(value.numel() for value in blocks if value.requires_grad)
+        head = self.llm.dim * int(network.config.get_text_config().vocab_size)
+        return sum(value.numel() for value in blocks), head, trained
+
+    def _prefix_tokens(self) -> list[int]:
+        """The prompt up to the audio."""
+        pieces = tokenise(self.prompt, self.llm.tokenizer)
+        before = itertools.takewhile(lambda piece: piece.tokens is not None, pieces)
+        return [token for piece in before for token in piece.tokens or ()]
+
+    def _layout(self, num_audio: int, transcript: str | None) -> tuple[list[int], list[int]]:
+        """Tokens of one sequence, AUDIO in the places of its audio, and its labels."""
+        tokens, labels = [], []
+        for piece in tokenise(self.prompt, self.llm.tokenizer, transcript):
+            ids = [AUDIO] * num_audio if piece.tokens is None else piece.tokens
+            tokens += ids
+            labels += ids if piece.loss else [IGNORE] * len(ids)
+        return tokens, labels
+
+    def _packed_loss(
+        self, attention: Choice, audio: Sequence[Tensor], transcripts: Sequence[str]
+    ) -> TranscriptLoss:
+        assert attention.backend is not None
+        assert attention.head is not None
+        row = self.row(audio, transcripts, skip=self.prefix.length if self.prefix else 0)
+        hidden = packed_hidden(
+            self.llm.network, row.embeddings, row.lengths, self.prefix, attention.backend
+        )
+        targets = row.labels.roll(-1)  # position n predicts token n + 1 ...
+        ends = torch.tensor(row.lengths).cumsum(0) - 1
+        targets[ends.to(targets.device)] = IGNORE  # ... of its own utterance
+        supervised = (targets != IGNORE).nonzero()[:, 0]
+        total, correct = summed_cross_entropy(
+            hidden[supervised], targets[supervised], attention.head
+        )
+        return TranscriptLoss(total, len(supervised), correct, len(row.labels), 0)
+
+    def _padded_loss(self, row: Row) -> TranscriptLoss:
+        pad = nn.utils.rnn.pad_sequence
+        embeddings = pad(row.embeddings.split(row.lengths), batch_first=True)  # (B, L, E)
+        labels = pad(row.labels.split(row.lengths), batch_first=True, padding_value=IGNORE)
+        lengths = torch.tensor(row.lengths, device=labels.device)
+        mask = torch.arange(labels.shape[1], device=labels.device) < lengths[:, None]
+        targets = labels[:, 1:]  # position n predicts token n + 1
         keep = (targets != IGNORE).any(dim=0).nonzero()[:, 0]  # (K,)
-        logits = self.llm.logits(batch.embeddings, batch.mask, keep)  # (B, K, V)
+        logits = self.llm.logits(embeddings, mask.long(), keep)  # (B, K, V)
         targets = targets[:, keep]
         total = nn.functional.cross_entropy(
             logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum"
         )
         supervised = targets != IGNORE
-        correct = (logits.argmax(dim=-1) == targets) & supervised
-        return total, int(supervised.sum()), int(correct.sum())
+        correct = ((logits.argmax(dim=-1) == targets) & supervised).sum()
+        padding = labels.numel() - len(row.labels)
+        return TranscriptLoss(total, int(supervised.sum()), correct, labels.numel(), padding)

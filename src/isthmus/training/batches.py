@@ -10,37 +10,48 @@ import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from isthmus.recipe import JoinSettings, TrainSettings
+from isthmus.errors import IsthmusError
+from isthmus.recipe import JoinSettings, SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import load_cut
+from isthmus.training.features import FeatureCache
 
 BUCKET_BATCHES = 50  # batches whose utterances are sorted together
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Utterances as the encoder takes them; padding is zero and is never looked at."""
+    """Utterances as the encoder takes them; padding is zero and is never looked at.
+
+    With a feature cache, `frames` are what it holds, and only the waveforms of the others have
+    samples.
+    """
 
     ids: list[str]
     waveforms: Tensor  # (B, S) float32, 16 kHz
     num_samples: Tensor  # (B,) int64
     texts: list[str]  # transcripts
+    seconds: float = 0.0  # of audio, without padding
+    rejected: tuple[str, ...] = ()  # what could not be loaded, and why
+    keys: tuple[str, ...] = ()  # in the feature cache, where there is one
+    frames: tuple[Tensor | None, ...] = ()  # (T, D) each
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch, its tensors on `device`."""
-        waveforms, num_samples = self.waveforms.to(device), self.num_samples.to(device)
-        return replace(self, waveforms=waveforms, num_samples=num_samples)
-
-    @property
-    def seconds(self) -> float:
-        """Audio in the batch, without padding."""
-        return float(self.num_samples.sum()) / SAMPLE_RATE
+        return replace(
+            self,
+            waveforms=self.waveforms.to(device, non_blocking=True),
+            num_samples=self.num_samples.to(device, non_blocking=True),
+            frames=tuple(None if f is None else f.to(device) for f in self.frames),
+        )
 
 
 Group = tuple[int, ...]  # utterances that are heard as one, usually a single one
 # What is wrong with utterances heard as one: (seconds of each, transcript), None if nothing is.
 Fits = Callable[[Sequence[float], str], str | None]
+# LLM positions of utterances heard as one: (seconds of each, transcript).
+Positions = Callable[[Sequence[float], str], int]
 
 
 def join_utterances(
@@ -71,35 +82,61 @@ def join_utterances(
     return [tuple(group) for group in groups]
 
 
+@dataclass(frozen=True)
+class Budget:
+    """When a batch is full: by its utterances, by its padded seconds, or by its LLM positions."""
+
+    batch_size: int | None = None
+    max_duration: float | None = None
+    max_tokens: int | None = None
+
+    @classmethod
+    def of(cls, settings: TrainSettings) -> "Budget":
+        tokens = settings.max_tokens if isinstance(settings, SpeechTrainSettings) else None
+        return cls(settings.batch_size, settings.max_duration, tokens)
+
+    def exceeded(self, durations: Sequence[float], positions: Sequence[int]) -> bool:
+        """Whether utterances of rising duration, with so many LLM positions each, are too much."""
+        return bool(
+            (self.batch_size and len(durations) > self.batch_size)
+            or (self.max_duration and durations[-1] * len(durations) > self.max_duration)
+            or (self.max_tokens and sum(positions) > self.max_tokens)
+        )
+
+    def expected(self, durations: Sequence[float], positions: Sequence[int]) -> int:
+        """Utterances of an average batch."""
+        count = max(1, len(durations))
+        if self.max_duration:
+            return max(1, int(self.max_duration * count / max(sum(durations), 1e-3)))
+        if self.max_tokens:
+            return max(1, self.max_tokens * count // max(1, sum(positions)))
+        return self.batch_size or 1
+
+
 def plan_epoch(
     durations: Sequence[float],
+    budget: Budget,
     *,
     seed: int,
     epoch: int,
-    batch_size: int | None = None,
-    max_duration: float | None = None,
+    positions: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Batches of indices, each utterance once: a pure function of its arguments.
 
     Utterances are shuffled, neighbours of like duration are put together within pools of
-    BUCKET_BATCHES batches, and the batches are shuffled again. `max_duration` bounds the padded
-    seconds of a batch (longest x count); an utterance beyond it stands alone.
+    BUCKET_BATCHES batches, and the batches are shuffled again. An utterance beyond the budget
+    stands alone. `positions` are the utterances' LLM positions, for a budget of them.
     """
+    sizes = positions if positions is not None else [0] * len(durations)
     rng = np.random.default_rng([seed, epoch])
     order = rng.permutation(len(durations)).tolist()
-    mean = sum(durations) / max(1, len(durations))
-    expected = batch_size or max(1, int((max_duration or mean) / max(mean, 1e-3)))
-    pool = expected * BUCKET_BATCHES
+    pool = budget.expected(durations, sizes) * BUCKET_BATCHES
     batches: list[list[int]] = []
     for start in range(0, len(order), pool):
         current: list[int] = []
         for index in sorted(order[start : start + pool], key=lambda i: (durations[i], i)):
-            full = batch_size is not None and len(current) >= batch_size
-            # durations rise within a pool, so this utterance would be the longest of the batch
-            heavy = (
-                max_duration is not None and durations[index] * (len(current) + 1) > max_duration
-            )
-            if current and (full or heavy):
+            more = [*current, index]
+            if current and budget.exceeded([durations[i] for i in more], [sizes[i] for i in more]):
                 batches.append(current)
                 current = []
             current.append(index)
@@ -118,6 +155,7 @@ class SpeechData:
         augmentation: Augmentation | None = None,
         join: JoinSettings | None = None,
         fits: Fits = lambda durations, text: None,
+        positions: Positions | None = None,
     ):
         self.cuts = cuts
         self.durations = [float(cut.duration) for cut in cuts]
@@ -125,6 +163,8 @@ class SpeechData:
         self.augmentation = augmentation
         self.join = join
         self.fits = fits
+        self.positions = positions
+        self.cache: FeatureCache | None = None
 
     def digest(self) -> str:
         """SHA-256 over id, duration and text of the utterances, in order."""
@@ -136,29 +176,56 @@ class SpeechData:
         groups = join_utterances(
             self.durations, self.join, seed=self.seed, epoch=epoch, fits=self._group_fits
         )
-        seconds = [self._seconds(group) for group in groups]
-        batches = plan_epoch(
-            seconds,
-            seed=self.seed,
-            epoch=epoch,
-            batch_size=settings.batch_size,
-            max_duration=settings.max_duration,
-        )
+        seconds = [sum(self._durations(group)) for group in groups]
+        budget, positions = Budget.of(settings), None
+        if budget.max_tokens is not None:
+            assert self.positions is not None, "a budget of LLM positions without an LLM"
+            measure = self.positions
+            positions = [measure(self._durations(group), self._text(group)) for group in groups]
+        batches = plan_epoch(seconds, budget, seed=self.seed, epoch=epoch, positions=positions)
         return [[groups[index] for index in batch] for batch in batches]
 
     def batch(self, groups: Sequence[Group], epoch: int | None = None) -> Batch:
-        """Load utterances; with an epoch they are augmented, each from its own random stream."""
-        waveforms = [
-            np.concatenate([self._waveform(index, epoch) for index in group]) for group in groups
-        ]
-        ids = ["+".join(self.cuts[index].id for index in group) for group in groups]
-        return collate(ids, waveforms, [self._text(group) for group in groups])
+        """Load utterances; with an epoch they are augmented, each from its own random stream.
+
+        What cannot be loaded is left out, and said in the batch.
+        """
+        rows: list[_Row] = []
+        rejected = []
+        for group in groups:
+            try:
+                rows.append(self._row(group, epoch))
+            except IsthmusError as error:
+                rejected.append(str(error))
+        ids, texts = [row.id for row in rows], [row.text for row in rows]
+        return replace(
+            collate(ids, [row.samples for row in rows], texts),
+            seconds=sum(row.seconds for row in rows),
+            rejected=tuple(rejected),
+            keys=tuple(row.key for row in rows) if self.cache else (),
+            frames=tuple(row.frames for row in rows) if self.cache else (),
+        )
+
+    def names(self, groups: Sequence[Group]) -> str:
+        """The utterances of a batch, for messages."""
+        return ", ".join(self.cuts[index].id for group in groups for index in group)
+
+    def _row(self, group: Group, epoch: int | None) -> "_Row":
+        name = "+".join(self.cuts[index].id for index in group)
+        if self.cache is None:
+            samples = np.concatenate([self._waveform(index, epoch) for index in group])
+            return _Row(name, self._text(group), len(samples) / SAMPLE_RATE, samples)
+        (index,) = group  # joined and augmented utterances are not cached
+        key = self.cache.key(self.cuts[index])
+        frames = self.cache.get(key)
+        samples = self._waveform(index, None) if frames is None else np.empty(0, np.float32)
+        return _Row(name, self._text(group), self.durations[index], samples, key, frames)
 
     def _group_fits(self, group: Sequence[int]) -> bool:
-        return self.fits([self.durations[index] for index in group], self._text(group)) is None
+        return self.fits(self._durations(group), self._text(group)) is None
 
-    def _seconds(self, group: Sequence[int]) -> float:
-        return sum(self.durations[index] for index in group)
+    def _durations(self, group: Sequence[int]) -> list[float]:
+        return [self.durations[index] for index in group]
 
     def _text(self, group: Sequence[int]) -> str:
         return " ".join(transcript(self.cuts[index]) for index in group)
@@ -170,6 +237,18 @@ class SpeechData:
         return self.augmentation(waveform, np.random.default_rng([self.seed, epoch, index]))
 
 
+@dataclass(frozen=True)
+class _Row:
+    """One utterance of a batch."""
+
+    id: str
+    text: str
+    seconds: float
+    samples: np.ndarray  # (S,), none where its frames are cached
+    key: str = ""
+    frames: Tensor | None = None  # (T, D)
+
+
 def transcript(cut: Cut) -> str:
     return (cut.supervisions[0].text or "") if cut.supervisions else ""
 
@@ -177,7 +256,7 @@ def transcript(cut: Cut) -> str:
 def collate(ids: list[str], waveforms: Sequence[np.ndarray], texts: list[str]) -> Batch:
     """Pad waveforms (S,) at the end to one tensor (B, S)."""
     lengths = [len(waveform) for waveform in waveforms]
-    padded = torch.zeros(len(waveforms), max(lengths))
+    padded = torch.zeros(len(waveforms), max(lengths, default=0))
     for row, waveform in zip(padded, waveforms, strict=True):
         row[: len(waveform)] = torch.from_numpy(waveform)
-    return Batch(ids, padded, torch.tensor(lengths), texts)
+    return Batch(ids, padded, torch.tensor(lengths, dtype=torch.long), texts)

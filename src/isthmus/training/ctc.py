@@ -1,17 +1,18 @@
 """Pretraining of a Conformer encoder with CTC."""
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from isthmus.model.conformer import ConformerCTC
-from isthmus.recipe import TrainSettings
-from isthmus.speech.augment import SpecAugment
+from isthmus.recipe import CTCRecipe
 from isthmus.training.batches import Batch, Group, SpeechData
 from isthmus.training.loop import Loss
+
+# a batch, and the stream of random numbers that its masks come from
+Loaded = tuple[Batch, np.random.Generator | None]
 
 
 class CTCTask:
@@ -22,14 +23,15 @@ class CTCTask:
         model: ConformerCTC,
         train: SpeechData,
         dev: SpeechData | None,
-        settings: TrainSettings,
-        spec_augment: SpecAugment | None = None,
+        recipe: CTCRecipe,
     ):
         self.module = model
         self.train = train
-        self.settings = settings
-        self.spec_augment = spec_augment
         self.dev = dev
+        self.settings = recipe.train
+        self.spec_augment = recipe.data.spec_augment
+        self.seed = recipe.seed
+        self.bad_fraction = recipe.data.max_bad_fraction
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return dict(self.module.named_parameters())
@@ -40,25 +42,23 @@ class CTCTask:
     def plan(self, epoch: int) -> list[list[Group]]:
         return self.train.plan(self.settings, epoch)
 
-    def loss(self, groups: Sequence[Group], epoch: int) -> Loss:
-        return self._loss(
-            self.train.batch(groups, epoch),
-            np.random.default_rng([self.train.seed, epoch, *groups[0], 2]),
-        )
+    def dev_plan(self) -> list[list[Group]]:
+        return self.dev.plan(self.settings, 0) if self.dev else []
 
-    def dev_losses(self) -> Sequence[Callable[[], Loss]]:
-        if self.dev is None:
-            return []
-        return [partial(self._dev_loss, groups) for groups in self.dev.plan(self.settings, 0)]
-
-    def _dev_loss(self, groups: Sequence[Group]) -> Loss:
-        assert self.dev is not None
-        return self._loss(self.dev.batch(groups), None)
+    def load(self, groups: Sequence[Group], epoch: int | None) -> Loaded:
+        if epoch is None:
+            assert self.dev is not None
+            return self.dev.batch(groups), None
+        masks = np.random.default_rng([self.seed, epoch, *groups[0], 2])
+        return self.train.batch(groups, epoch), masks
 
     def describe(self, groups: Sequence[Group]) -> str:
-        return ", ".join(self.train.cuts[index].id for group in groups for index in group)
+        return self.train.names(groups)
 
-    def _loss(self, batch: Batch, rng: np.random.Generator | None) -> Loss:
+    def loss(self, loaded: Loaded) -> Loss:
+        batch, rng = loaded
+        if not batch.ids:
+            return Loss(torch.tensor(0.0), 0, 0, rejected=batch.rejected)
         model = self.module
         batch = batch.to(next(model.parameters()).device)
         features, num_features = model.features(batch.waveforms, batch.num_samples)
@@ -79,4 +79,6 @@ class CTCTask:
         )
         hypotheses = model.greedy(log_probs.detach(), num_frames)
         right = sum(len(t) for t, h in zip(batch.texts, hypotheses, strict=True) if t == h)
-        return Loss(total, int(lengths.sum()), right, batch.seconds)
+        return Loss(
+            total, int(lengths.sum()), right, seconds=batch.seconds, rejected=batch.rejected
+        )

@@ -5,6 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
+import torch
 from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
@@ -15,7 +16,8 @@ from isthmus.recipe import Corpus, CTCRecipe, DataSettings, Recipe
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import read_corpus, usable
-from isthmus.training.batches import Fits, SpeechData, transcript
+from isthmus.training.batches import Fits, Positions, SpeechData, transcript
+from isthmus.training.features import FeatureCache, cache_folder, encoder_description
 
 log = logging.getLogger(__name__)
 
@@ -30,16 +32,61 @@ def speech_data(
     data = recipe.data
     if not data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to train on.")
-    fits = fits_model(model, data.augment)
+    positions = positions_of(model) if isinstance(model, SpeechLLM) else None
+    budget = recipe.train.max_tokens if isinstance(recipe, Recipe) else None
+    fits = _within(budget, positions, fits_model(model, data.augment))
     train = SpeechData(
         load_cuts(data.train, data, fits),
         seed=recipe.seed,
         augmentation=data.augment,
         join=data.join,
         fits=fits,
+        positions=positions,
     )
-    dev = load_cuts(data.dev, data, fits_model(model))
-    return train, SpeechData(dev) if dev else None
+    dev = load_cuts(data.dev, data, _within(budget, positions, fits_model(model)))
+    return train, SpeechData(dev, positions=positions) if dev else None
+
+
+def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> FeatureCache | None:
+    """The cache of a recipe's encoder; None, with the reason in the log, where it has none.
+
+    `strict`: what cannot be written is an error instead of a warning.
+    """
+    precision = recipe.data.feature_cache
+    if precision == "off":
+        return None
+    acting = [name for name in ("augment", "join") if getattr(recipe.data, name) is not None]
+    if acting or recipe.encoder.tune != "frozen":
+        reason = f"data.{acting[0]} changes the audio" if acting else "the encoder is trained"
+        log.warning("feature cache: off, because %s.", reason)
+        return None
+    dtype = str(next(model.encoder.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
+    description = encoder_description(recipe.encoder, dtype=dtype, precision=precision)
+    cache = FeatureCache(cache_folder(description), description, strict=strict)
+    log.info("feature cache: %s", cache.folder)
+    return cache
+
+
+def positions_of(model: SpeechLLM) -> Positions:
+    """LLM positions of utterances heard as one."""
+    return lambda durations, text: model.positions(sum(durations), _tokens(model, text))
+
+
+def _tokens(model: SpeechLLM, text: str) -> int:
+    return len(plain_tokens(model.llm.tokenizer, text)) + 1  # the end token
+
+
+def _within(budget: int | None, positions: Positions | None, fits: Fits) -> Fits:
+    """`fits`, and no utterance is more than the batch may hold."""
+    if budget is None or positions is None:
+        return fits
+
+    def fault(durations: Sequence[float], text: str) -> str | None:
+        found = positions(durations, text)
+        over = f"it takes {found} positions, train.max_tokens allows {budget} a batch"
+        return over if found > budget else fits(durations, text)
+
+    return fault
 
 
 def load_cuts(
@@ -55,6 +102,7 @@ def load_cuts(
             read_corpus(corpus.path),
             max_bad_fraction=data.max_bad_fraction,
             max_seconds=data.max_seconds,
+            decode_audio="header",  # what is broken behind it is found, and counted, in training
         )
         found = [(cut, fits([float(cut.duration)], transcript(cut))) for cut in good]
         kept = [cut for cut, fault in found if fault is None]
@@ -63,7 +111,7 @@ def load_cuts(
             raise IsthmusError(
                 f"{corpus.path}: {len(faults)} of {report.n_in} utterances do not fit the model, "
                 f"such as {faults[0]}. Mend them, lower data.max_seconds, or raise "
-                "data.max_bad_fraction."
+                "data.max_bad_fraction (or train.max_tokens, where that is named)."
             )
         left_out = Counter(report.reasons)
         if faults:
@@ -89,8 +137,7 @@ def fits_model(model: SpeechLLM | ConformerCTC, augmentation: Augmentation | Non
     longest = augmentation.longest if augmentation else lambda seconds: seconds
 
     def fault(durations: Sequence[float], text: str) -> str | None:
-        tokens = len(plain_tokens(model.llm.tokenizer, text)) + 1  # the end token
-        found = model.fault(sum(map(longest, durations)), tokens)
+        found = model.fault(sum(map(longest, durations)), _tokens(model, text))
         return f"{found}, as data.augment may lengthen it" if found and augmentation else found
 
     return fault

@@ -6,8 +6,8 @@ frozen encoder would tell it: letter by letter, with stutters, fillers and mishe
 Shapes: B batch, L tokens, E width.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache, partial
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -45,6 +45,7 @@ DEV_SEED = 1_000_003
 DEV_EXAMPLES = 256
 
 Example = tuple[list[int], list[int]]  # tokens, labels
+Loaded = tuple[list[Example], float]  # a batch, and the noise on its embeddings
 
 
 class LanguageTask:
@@ -53,6 +54,8 @@ class LanguageTask:
     def __init__(self, llm: LLM, recipe: LanguageRecipe):
         self.module = llm
         self.recipe = recipe
+        self.seed = recipe.seed
+        self.bad_fraction = 0.0
         self.examples = lru_cache(maxsize=2)(self._examples)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -63,7 +66,7 @@ class LanguageTask:
 
     def plan(self, epoch: int) -> list[list[int]]:
         """Batches of examples of like length, `tokens_per_batch` tokens at most with padding."""
-        lengths = [len(tokens) for tokens, _ in self.examples(self.recipe.seed, epoch)]
+        lengths = [len(tokens) for tokens, _ in self.examples(self.seed, epoch)]
         batches: list[list[int]] = [[]]
         for index in np.argsort(lengths, kind="stable").tolist():
             if (
@@ -75,13 +78,16 @@ class LanguageTask:
         order = np.random.default_rng([self.recipe.seed, epoch, 1]).permutation(len(batches))
         return [batches[i] for i in order.tolist()]
 
-    def loss(self, indices: Sequence[int], epoch: int) -> Loss:
-        examples = self.examples(self.recipe.seed, epoch)
-        return self._loss([examples[index] for index in indices], self.recipe.embedding_noise)
+    def dev_plan(self) -> list[range]:
+        count = min(DEV_EXAMPLES, self.recipe.sentences)
+        return [range(start, min(start + 16, count)) for start in range(0, count, 16)]
 
-    def dev_losses(self) -> Sequence[Callable[[], Loss]]:
-        examples = self.examples(DEV_SEED, 0)[:DEV_EXAMPLES]
-        return [partial(self._loss, examples[i : i + 16], 0.0) for i in range(0, len(examples), 16)]
+    def load(self, indices: Sequence[int], epoch: int | None) -> Loaded:
+        if epoch is None:
+            examples, noise = self.examples(DEV_SEED, 0), 0.0
+        else:
+            examples, noise = self.examples(self.seed, epoch), self.recipe.embedding_noise
+        return [examples[index] for index in indices], noise
 
     def describe(self, indices: Sequence[int]) -> str:
         return f"examples {list(indices)}"
@@ -110,7 +116,8 @@ class LanguageTask:
             self.recipe.noise,
         )
 
-    def _loss(self, examples: Sequence[Example], noise: float) -> Loss:
+    def loss(self, loaded: Loaded) -> Loss:
+        examples, noise = loaded
         length = max(len(tokens) for tokens, _ in examples)
         tokens = torch.full((len(examples), length), int(self.module.tokenizer.pad_token_id))
         labels = torch.full((len(examples), length), IGNORE)

@@ -4,12 +4,14 @@ import contextlib
 import json
 import logging
 import math
-import shutil
+import resource
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -17,16 +19,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from isthmus.errors import IsthmusError
-from isthmus.files import write_atomic
+from isthmus.errors import IsthmusError, RetryLater
+from isthmus.files import remove_folder, write_atomic
 from isthmus.recipe import LoopSettings
 from isthmus.training import checkpoint
 from isthmus.training.checkpoint import Progress
+from isthmus.training.parallel import Ranks
+from isthmus.training.stream import Item, Loader, dev_orders, load_ahead, orders, take
 
 BEST = "best"
 CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 NON_FINITE_IN_A_ROW = 3
+NON_FINITE_SHARE = 0.001  # of all steps, beyond the first three
+GPU_WORKERS = 4
 
 OnStep = Callable[[dict[str, Any]], None]
 log = logging.getLogger(__name__)
@@ -49,16 +55,24 @@ class Loss:
 
     total: Tensor  # () differentiable
     units: int
-    correct: int
+    correct: Tensor | int
     seconds: float = 0.0  # audio
+    positions: int = 0  # that the network works on, padding among them
+    padding: int = 0
+    flops: float = 0.0  # of the model, forward and backward
+    rejected: tuple[str, ...] = ()  # what could not be loaded, and why
 
 
-class Task(Protocol):
+class Task(Loader, Protocol):
     """What can be trained: a module, its batches, its loss."""
 
     @property
     def module(self) -> nn.Module:
         """What is put into training and evaluation mode."""
+
+    @property
+    def bad_fraction(self) -> float:
+        """Share of an epoch's utterances that may turn out to be unreadable."""
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The parameters that the optimiser moves, by name."""
@@ -67,16 +81,39 @@ class Task(Protocol):
         """All that training changes, to be stored: trainable parameters and running statistics."""
 
     def plan(self, epoch: int) -> Sequence[Any]:
-        """The batches of an epoch, as `loss` takes them: the same for the same epoch."""
+        """The batches of an epoch, as `load` takes them: the same for the same epoch."""
 
-    def loss(self, batch: Any, epoch: int) -> Loss:
-        """Loss of one training batch."""
+    def dev_plan(self) -> Sequence[Any]:
+        """The validation batches; empty without validation."""
 
-    def dev_losses(self) -> Sequence[Callable[[], Loss]]:
-        """The validation batches, in a fixed order; empty without validation."""
+    def loss(self, loaded: Any) -> Loss:
+        """Loss of a loaded batch."""
 
     def describe(self, batch: Any) -> str:
         """The utterances of a batch, for messages."""
+
+
+@dataclass
+class _Run:
+    """What the functions of the loop share."""
+
+    task: Task
+    settings: LoopSettings
+    folder: Path
+    ranks: Ranks
+    optimiser: torch.optim.Optimizer
+    progress: Progress = field(default_factory=Progress)
+    signals: list[int] = field(default_factory=list)  # that came to this process
+
+    @property
+    def workers(self) -> int:
+        if self.settings.workers is not None:
+            return self.settings.workers
+        return GPU_WORKERS if self.ranks.device.type == "cuda" else 0
+
+    def stopping(self) -> bool:
+        """Whether a signal came, to this or another process."""
+        return self.ranks.any(bool(self.signals))
 
 
 def learning_rate(settings: LoopSettings, step: int) -> float:
@@ -98,65 +135,212 @@ def fit(
     *,
     resume: bool = False,
     on_step: OnStep = lambda metrics: None,
+    ranks: Ranks | None = None,
 ) -> Progress:
     """Train until `steps`, or until the validation loss no longer falls; returns where it ended.
 
     `folder` receives `checkpoints/step-N` (to resume), `best` (what was trained, at the lowest
     validation loss, or at the end without validation) and `metrics.jsonl`, a line a step. `on_step`
     sees each line. Raises Interrupted after a step in which SIGINT or SIGTERM came; a second signal
-    acts at once.
+    acts at once. Under torchrun every process calls it; the first writes and reports.
     """
-    trainable = task.trainable()
-    if not trainable:
-        raise IsthmusError("Nothing to train: every part is frozen. Set `tune` of a part.")
-    optimiser = torch.optim.AdamW(
-        trainable.values(), betas=settings.betas, weight_decay=settings.weight_decay
-    )
-    _dev_loss(task, settings, first=2)  # a broken validation fails now, not in an hour
-    progress = _start(task, optimiser, folder, resume)
-    task.module.train()
-    plan = task.plan(progress.epoch)
-    non_finite = 0
-    with (folder / METRICS).open("a", encoding="utf-8") as lines, _signals() as received:
+    run = _Run(task, settings, folder, ranks or Ranks(), _optimiser(task, settings))
+    _start(run, resume)
+    progress = run.progress
+    plan = lru_cache(maxsize=2)(task.plan)
+    width = settings.accumulate * run.ranks.world  # batches of a step
+    _check_plan(run, plan(progress.epoch))
+    place = progress.epoch, progress.position, width, run.ranks.rank, run.ranks.world
+    loading = contextlib.closing(load_ahead(task, orders(plan, *place), run.workers))
+    with _metrics_lines(run) as write, _signals(run.signals), loading as items:
+        _dev_loss(run, first=2)  # a broken validation fails now, not in an hour
         while progress.step < settings.steps and progress.stale < settings.patience:
-            if progress.position >= len(plan):
-                progress.epoch, progress.position = progress.epoch + 1, 0
-                plan = task.plan(progress.epoch)
-            batches = plan[progress.position : progress.position + settings.accumulate]
-            metrics = _step(task, settings, optimiser, batches, progress)
-            progress.step += 1
-            progress.position += len(batches)
-            last = progress.step == settings.steps
+            if progress.pending is None:
+                if progress.position >= len(plan(progress.epoch)):
+                    progress.epoch, progress.position, progress.rejected = progress.epoch + 1, 0, 0
+                count = min(width, len(plan(progress.epoch)) - progress.position)
+                progress.pending = _step(run, items, count)
+                progress.step += 1
+                progress.position += count
+            metrics, last = progress.pending, progress.step == settings.steps
             if last or progress.step % settings.eval_every == 0:
-                metrics |= _validate(task, settings, progress, folder)
-            lines.write(json.dumps(metrics) + "\n")
-            lines.flush()
-            non_finite = non_finite + 1 if "skipped" in metrics else 0
-            if non_finite == NON_FINITE_IN_A_ROW:
-                raise IsthmusError(
-                    f"Loss or gradient was not finite {non_finite} times in a row, last at step "
-                    f"{progress.step} with {metrics['skipped']}. None of these steps was applied. "
-                    "Lower train.learning_rate, or look at these utterances."
-                )
+                dev = _validate(run)
+                if dev is None:  # a signal: validate again when resumed
+                    _save(run)
+                    raise _interrupted(run)
+                metrics |= dev
+            progress.pending = None
+            write(metrics)
+            _check_budgets(run, metrics, plan(progress.epoch))
             last = last or progress.stale == settings.patience
-            stop = next(iter(received), None)
+            stop = run.stopping()
             if last or stop or progress.step % settings.save_every == 0:
-                _save(task, progress, optimiser, folder, settings.keep)
-            on_step(metrics)
+                _save(run)
+            if run.ranks.leads:
+                on_step(metrics)
             if stop:
-                log.warning("Stopped after step %d; --resume goes on from it.", progress.step)
-                raise Interrupted(stop, progress.step)
+                raise _interrupted(run)
     if progress.best_loss is None:
-        checkpoint.save_checkpoint(folder / BEST, task.state(), progress)
+        run.ranks.lead(lambda: checkpoint.save_checkpoint(folder / BEST, task.state(), progress))
     return progress
 
 
+def _optimiser(task: Task, settings: LoopSettings) -> torch.optim.Optimizer:
+    trainable = task.trainable()
+    if not trainable:
+        raise IsthmusError("Nothing to train: every part is frozen. Set `tune` of a part.")
+    return torch.optim.AdamW(
+        trainable.values(), betas=settings.betas, weight_decay=settings.weight_decay
+    )
+
+
+def _step(run: _Run, items: Iterator[Item], count: int) -> dict[str, Any]:
+    """One optimiser step on the sum of the batches' losses over all their units; its metrics.
+
+    The `count` batches are those of all ranks. A step whose loss or gradient is not finite on any
+    of them changes nothing, and is listed as skipped.
+    """
+    started = time.perf_counter()
+    task, settings, ranks, optimiser = run.task, run.settings, run.ranks, run.optimiser
+    trainable = task.trainable()
+    parameters = list(trainable.values())
+    running = {name: value for name, value in task.state().items() if name not in trainable}
+    before = {name: value.clone() for name, value in running.items()}
+    optimiser.zero_grad(set_to_none=True)
+    own = take(items, -(-count // ranks.world))
+    losses = [_backward(run, item) for item in own]
+    counted = [loss for loss, item in zip(losses, own, strict=True) if item.order.counts]
+    ranks.sum_gradients(parameters)
+    ranks.average(running.values())
+    sums = _sums(ranks, counted)
+    units = max(1.0, sums["units"])
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad /= units
+    norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf))
+    mean = sums["total"] / units
+    rate = learning_rate(settings, run.progress.step)
+    finite = math.isfinite(mean) and math.isfinite(norm)
+    if finite:
+        for group in optimiser.param_groups:
+            group["lr"] = rate
+        optimiser.step()
+    else:
+        for name, value in before.items():
+            running[name].copy_(value)
+    run.progress.audio_seconds += sums["seconds"]
+    seconds = time.perf_counter() - started
+    metrics: dict[str, Any] = {
+        "step": run.progress.step + 1,
+        "epoch": run.progress.epoch,
+        "loss": mean,
+        "accuracy": sums["correct"] / units,
+        "learning_rate": rate,
+        "gradient_norm": norm,
+        "units": int(sums["units"]),
+        "audio_seconds": sums["seconds"],
+        "padding": sums["padding"] / max(1.0, sums["positions"]),
+        "step_seconds": seconds,
+        "tflops": sums["flops"] / seconds / 1e12,
+        "memory_gb": peak_memory(ranks.device) / 1e9,
+    }
+    if sums["rejected"]:
+        metrics["rejected"] = ranks.gather([line for loss in counted for line in loss.rejected])
+    if not finite:
+        metrics["skipped"] = _not_finite(run, own, losses)
+    return metrics
+
+
+def _backward(run: _Run, item: Item) -> Loss:
+    """Loss of a batch, its gradient added to the parameters'."""
+    torch.manual_seed(item.seed)
+    with _autocast(run):
+        loss = run.task.loss(item.loaded)
+    if loss.total.requires_grad:
+        (loss.total * float(item.order.counts)).backward()
+    return replace(loss, total=loss.total.detach())
+
+
+def _sums(ranks: Ranks, losses: Sequence[Loss]) -> dict[str, float]:
+    """The losses' figures summed over batches and ranks."""
+    names = ("total", "units", "correct", "seconds", "positions", "padding", "flops")
+    own = [float(sum(getattr(loss, name) for loss in losses)) for name in names]
+    rejected = float(sum(len(loss.rejected) for loss in losses))
+    return dict(zip([*names, "rejected"], ranks.sum([*own, rejected]), strict=True))
+
+
+def _not_finite(run: _Run, items: Sequence[Item], losses: Sequence[Loss]) -> list[str]:
+    """The batches whose loss is not finite; all of the step, where only the gradient is not."""
+    pairs = [(item.order, loss) for item, loss in zip(items, losses, strict=True)]
+    bad = [order for order, loss in pairs if order.counts and not loss.total.isfinite()]
+    named = run.ranks.gather([run.task.describe(order.batch) for order in bad])
+    return named or run.ranks.gather([run.task.describe(o.batch) for o, _ in pairs if o.counts])
+
+
+def _check_plan(run: _Run, batches: Sequence[Any]) -> None:
+    if not batches:
+        raise IsthmusError("There is nothing to train on: the epoch has no batch.")
+    if len(batches) < run.ranks.world:
+        raise IsthmusError(
+            f"An epoch has {len(batches)} batches for {run.ranks.world} processes. Start fewer, or "
+            "make batches smaller (train.batch_size, train.max_duration, train.max_tokens)."
+        )
+
+
+def _check_budgets(run: _Run, metrics: Mapping[str, Any], batches: Sequence[Any]) -> None:
+    """Raise IsthmusError when too many steps were not finite, or too many recordings are bad."""
+    progress = run.progress
+    for line in metrics.get("rejected", ()):
+        log.warning("step %d: left out: %s", progress.step, line)
+    progress.rejected += len(metrics.get("rejected", ()))
+    utterances = sum(len(batch) for batch in batches)
+    if progress.rejected > run.task.bad_fraction * utterances:
+        raise IsthmusError(
+            f"{progress.rejected} of the epoch's {utterances} utterances could not be loaded, more "
+            f"than data.max_bad_fraction ({run.task.bad_fraction:.1%}) allows. The last: "
+            f"{metrics['rejected'][-1]} `isthmus check` lists them all."
+        )
+    if "skipped" not in metrics:
+        progress.not_finite_in_a_row = 0
+        return
+    progress.not_finite += 1
+    progress.not_finite_in_a_row += 1
+    many = progress.not_finite > NON_FINITE_IN_A_ROW + NON_FINITE_SHARE * progress.step
+    if many or progress.not_finite_in_a_row >= NON_FINITE_IN_A_ROW:
+        raise IsthmusError(
+            f"Loss or gradient was not finite {progress.not_finite_in_a_row} times in a row and "
+            f"{progress.not_finite} times in all, last at step {progress.step} with "
+            f"{metrics['skipped']}. None of these steps was applied. Lower train.learning_rate, or "
+            "look at these utterances."
+        )
+
+
 @contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """The SIGINT and SIGTERM that came meanwhile; the second of a kind acts as it would without."""
-    received: list[int] = []
+def _metrics_lines(run: _Run) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Appends to metrics.jsonl; a full disk ends the run with one clear line."""
+    if not run.ranks.leads:
+        yield lambda metrics: None
+        return
+    path = run.folder / METRICS
+    with path.open("ab", buffering=0) as lines:
+
+        def write(metrics: Mapping[str, Any]) -> None:
+            try:
+                lines.write((json.dumps(metrics) + "\n").encode())
+            except OSError as error:
+                raise RetryLater(
+                    f"{path} cannot be written ({error.strerror}). Make room, then go on with "
+                    "--resume from the last checkpoint."
+                ) from error
+
+        yield write
+
+
+@contextlib.contextmanager
+def _signals(received: list[int]) -> Iterator[None]:
+    """Notes SIGINT and SIGTERM; the second of a kind acts as it would without."""
     if threading.current_thread() is not threading.main_thread():
-        yield received  # only the main thread can listen
+        yield  # only the main thread can listen
         return
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -169,132 +353,113 @@ def _signals() -> Iterator[list[int]]:
     for number in before:
         signal.signal(number, note)
     try:
-        yield received
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def _autocast(task: Task, settings: LoopSettings) -> torch.autocast:
-    device = next(iter(task.trainable().values())).device.type
-    return torch.autocast(device, torch.bfloat16, enabled=settings.precision == "bfloat16")
+def _interrupted(run: _Run) -> Interrupted:
+    log.warning("Stopped after step %d; --resume goes on from it.", run.progress.step)
+    return Interrupted(next(iter(run.signals), signal.SIGTERM), run.progress.step)
 
 
-def _step(
-    task: Task,
-    settings: LoopSettings,
-    optimiser: torch.optim.Optimizer,
-    batches: Sequence[Any],
-    progress: Progress,
-) -> dict[str, Any]:
-    """One optimiser step on the sum of the batches' losses over all their units; its metrics.
+def _autocast(run: _Run) -> torch.autocast:
+    half = run.settings.precision == "bfloat16"
+    return torch.autocast(run.ranks.device.type, torch.bfloat16, enabled=half)
 
-    A step whose loss or gradient is not finite changes nothing, and is listed as skipped.
+
+def _dev_loss(run: _Run, first: int | None = None) -> Loss | None:
+    """Loss of the validation batches together, or of the `first` of them.
+
+    None without validation, and when a signal comes meanwhile. Leaves no trace.
     """
-    started = time.perf_counter()
-    rate = learning_rate(settings, progress.step)
-    trainable = task.trainable()
-    parameters = list(trainable.values())
-    buffers = {name: v.clone() for name, v in task.state().items() if name not in trainable}
-    optimiser.zero_grad(set_to_none=True)
-    losses = []
-    for batch in batches:
-        with _autocast(task, settings):
-            loss = task.loss(batch, progress.epoch)
-        loss.total.backward()
-        losses.append(replace(loss, total=loss.total.detach()))
-    units = max(1, sum(loss.units for loss in losses))
-    for parameter in parameters:
-        if parameter.grad is not None:
-            parameter.grad /= units
-    norm = float(nn.utils.clip_grad_norm_(parameters, settings.clip_norm or math.inf))
-    mean = float(sum(loss.total for loss in losses)) / units
-    finite = math.isfinite(mean) and math.isfinite(norm)
-    if finite:
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        optimiser.step()
-    else:
-        state = task.state()
-        for name, value in buffers.items():
-            state[name].copy_(value)
-    seconds = sum(loss.seconds for loss in losses)
-    progress.audio_seconds += seconds
-    metrics = {
-        "step": progress.step + 1,
-        "epoch": progress.epoch,
-        "loss": mean,
-        "accuracy": sum(loss.correct for loss in losses) / units,
-        "learning_rate": rate,
-        "gradient_norm": norm,
-        "units": units,
-        "audio_seconds": seconds,
-        "step_seconds": time.perf_counter() - started,
-    }
-    return metrics if finite else metrics | {"skipped": [task.describe(b) for b in batches]}
-
-
-def _dev_loss(task: Task, settings: LoopSettings, first: int | None = None) -> Loss | None:
-    """Loss of the validation batches together, or of the `first` of them; leaves no trace."""
+    task, ranks = run.task, run.ranks
+    wanted = list(dev_orders(task.dev_plan()[:first], ranks.rank, ranks.world))
     task.module.eval()
-    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices), torch.no_grad(), _autocast(task, settings):
-        losses = [dev_loss() for dev_loss in task.dev_losses()[:first]]
+    losses = []
+    with contextlib.closing(load_ahead(task, wanted, run.workers if first is None else 0)) as items:
+        for item in items:
+            if run.stopping():
+                break
+            torch.manual_seed(item.seed)
+            with torch.no_grad(), _autocast(run):
+                losses.append(task.loss(item.loaded))
     task.module.train()
-    if not losses:
+    if len(losses) < len(wanted) or not wanted:
         return None
-    total = torch.stack([loss.total for loss in losses]).sum()
-    units = max(1, sum(loss.units for loss in losses))
-    return Loss(total, units, sum(loss.correct for loss in losses))
+    counted = [loss for loss, order in zip(losses, wanted, strict=True) if order.counts]
+    sums = _sums(ranks, counted)
+    return Loss(torch.tensor(sums["total"]), max(1, int(sums["units"])), int(sums["correct"]))
 
 
-def _validate(
-    task: Task, settings: LoopSettings, progress: Progress, folder: Path
-) -> dict[str, float]:
-    """Mean validation loss and accuracy; keeps what gave the lowest, if it is finite."""
-    loss = _dev_loss(task, settings)
+def _validate(run: _Run) -> dict[str, float] | None:
+    """Mean validation loss and accuracy; keeps what gave the lowest, if it is finite.
+
+    Empty without validation, None if a signal came.
+    """
+    progress, task = run.progress, run.task
+    loss = _dev_loss(run)
     if loss is None:
-        return {}
+        return None if task.dev_plan() else {}
     mean = float(loss.total) / loss.units
     if math.isfinite(mean) and (progress.best_loss is None or mean < progress.best_loss):
         progress.best_loss, progress.best_step, progress.stale = mean, progress.step, 0
-        checkpoint.save_checkpoint(folder / BEST, task.state(), progress)
+        best, kept = run.folder / BEST, replace(progress, pending=None)
+        run.ranks.lead(lambda: checkpoint.save_checkpoint(best, task.state(), kept))
     else:
         progress.stale += 1
-    return {"dev_loss": mean, "dev_accuracy": loss.correct / loss.units}
+    return {"dev_loss": mean, "dev_accuracy": float(loss.correct) / loss.units}
 
 
-def _save(
-    task: Task, progress: Progress, optimiser: torch.optim.Optimizer, folder: Path, keep: int
-) -> None:
-    target = folder / CHECKPOINTS / f"step-{progress.step:06d}"
-    checkpoint.save_checkpoint(
-        target, task.state(), progress, checkpoint.optimiser_state(optimiser, task.trainable())
-    )
-    checkpoint.retire(folder / CHECKPOINTS, keep)
+def _save(run: _Run) -> None:
+    """A checkpoint to resume from; older ones are deleted when it is sound."""
+    target = run.folder / CHECKPOINTS / f"step-{run.progress.step:06d}"
+    task = run.task
+
+    def write() -> None:
+        tensors = checkpoint.optimiser_state(run.optimiser, task.trainable())
+        checkpoint.save_checkpoint(target, task.state(), run.progress, tensors)
+        checkpoint.retire(run.folder / CHECKPOINTS, run.settings.keep)
+
+    run.ranks.lead(write)
 
 
-def _start(task: Task, optimiser: torch.optim.Optimizer, folder: Path, resume: bool) -> Progress:
-    """Progress to go on from: of the newest sound checkpoint when resuming, else none.
+def _start(run: _Run, resume: bool) -> None:
+    """Set progress to that of the newest sound checkpoint when resuming.
 
     Newer ones that are not sound are removed, lest they count among those to keep.
     """
     if not resume:
-        return Progress()
-    newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
+        return
+    run.ranks.lead(lambda: _clear_unsound(run.folder))
+    newest, _ = checkpoint.newest_checkpoint(run.folder / CHECKPOINTS)
     if newest is None:
-        if checkpoint.checkpoints(folder / CHECKPOINTS):
+        log.info("%s has no checkpoint yet: it starts at step 1.", run.folder)
+        return
+    task = run.task
+    run.progress = checkpoint.restore(newest, task.state(), task.trainable(), run.optimiser)
+    log.info("Going on from %s.", newest)
+    run.ranks.lead(lambda: _cut_log(run.folder / METRICS, _last_line(run.progress)))
+
+
+def _clear_unsound(folder: Path) -> None:
+    newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
+    found = checkpoint.checkpoints(folder / CHECKPOINTS)
+    if newest is None:
+        if found:
             raise IsthmusError("No checkpoint is sound: " + " ".join(faults))
         (folder / METRICS).unlink(missing_ok=True)  # stopped before its first checkpoint
-        return Progress()
-    found = checkpoint.checkpoints(folder / CHECKPOINTS)
+        return
     for path in found[found.index(newest) + 1 :]:
-        shutil.rmtree(path)
+        remove_folder(path)
     for fault in faults:
         log.warning("%s It is removed; training goes on from %s.", fault, newest.name)
-    progress = checkpoint.restore(newest, task.state(), task.trainable(), optimiser)
-    _cut_log(folder / METRICS, progress.step)
-    return progress
+
+
+def _last_line(progress: Progress) -> int:
+    """The step of the last line that is true of `progress`: one that is pending has none yet."""
+    return progress.step - (progress.pending is not None)
 
 
 def _cut_log(path: Path, step: int) -> None:
@@ -309,3 +474,11 @@ def _cut_log(path: Path, step: int) -> None:
         except (ValueError, KeyError):
             continue  # the line that a crash cut short
     write_atomic(path, "".join(kept))
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes held so far: by tensors on a GPU, by the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,26 +1,34 @@
 """Training of the projector (and of parts that are not frozen) on transcripts."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 
+import torch
 from torch import Tensor, nn
 
+from isthmus.model.layers import checkpoint_layers, compile_layers
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import TrainSettings
+from isthmus.recipe import Recipe, SpeechTrainSettings
 from isthmus.training.batches import Batch, Group, SpeechData
+from isthmus.training.features import FeatureCache
 from isthmus.training.loop import Loss
+from isthmus.training.parallel import Ranks
+
+log = logging.getLogger(__name__)
+
+STAND_IN_SAMPLES = 16_000  # of silence, where nothing of a batch could be loaded
 
 
 class SpeechTask:
     """Cross-entropy (nats; units are transcript tokens) and next-token accuracy."""
 
-    def __init__(
-        self, model: SpeechLLM, train: SpeechData, dev: SpeechData | None, settings: TrainSettings
-    ):
+    def __init__(self, model: SpeechLLM, train: SpeechData, dev: SpeechData | None, recipe: Recipe):
         self.module = model
         self.train = train
         self.dev = dev
-        self.settings = settings
+        self.settings = recipe.train
+        self.seed = recipe.seed
+        self.bad_fraction = recipe.data.max_bad_fraction
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return self.module.trainable()
@@ -31,22 +39,114 @@ class SpeechTask:
     def plan(self, epoch: int) -> list[list[Group]]:
         return self.train.plan(self.settings, epoch)
 
-    def loss(self, groups: Sequence[Group], epoch: int) -> Loss:
-        return self._loss(self.train.batch(groups, epoch))
+    def dev_plan(self) -> list[list[Group]]:
+        return self.dev.plan(self.settings, 0) if self.dev else []
 
-    def dev_losses(self) -> Sequence[Callable[[], Loss]]:
-        if self.dev is None:
-            return []
-        return [partial(self._dev_loss, groups) for groups in self.dev.plan(self.settings, 0)]
+    def load(self, groups: Sequence[Group], epoch: int | None) -> Batch:
+        data = self.dev if epoch is None else self.train
+        assert data is not None
+        return data.batch(groups, epoch)
 
     def describe(self, groups: Sequence[Group]) -> str:
-        return ", ".join(self.train.cuts[index].id for group in groups for index in group)
+        return self.train.names(groups)
 
-    def _dev_loss(self, groups: Sequence[Group]) -> Loss:
-        assert self.dev is not None
-        return self._loss(self.dev.batch(groups))
+    def use_cache(self, cache: FeatureCache | None) -> None:
+        """Read the encoder's frames from a cache, and write there what it lacks."""
+        for data in filter(None, (self.train, self.dev)):
+            data.cache = cache
 
-    def _loss(self, batch: Batch) -> Loss:
-        batch = batch.to(next(self.module.projector.parameters()).device)
-        total, units, correct = self.module.loss(batch.waveforms, batch.num_samples, batch.texts)
-        return Loss(total, units, correct, batch.seconds)
+    @torch.no_grad()
+    def fill_cache(self, ranks: Ranks, on_utterance: Callable[[int, int], None]) -> None:
+        """Put the frames of all utterances into the cache, each once, by all ranks together."""
+        self.module.eval()
+        for data in filter(None, (self.train, self.dev)):
+            own = range(ranks.rank, len(data.cuts), ranks.world)
+            for done, index in enumerate(own, start=1):
+                batch = data.batch([(index,)])
+                for line in batch.rejected:
+                    log.warning("left out: %s", line)
+                if batch.ids:
+                    self._frames(batch.to(ranks.device))
+                on_utterance(done, len(own))
+
+    def loss(self, batch: Batch) -> Loss:
+        model = self.module
+        batch = batch.to(next(model.projector.parameters()).device)
+        if not batch.ids:  # sharded blocks want the same passes on all ranks
+            silence = torch.zeros(1, STAND_IN_SAMPLES, device=batch.waveforms.device)
+            frames = model.encode(silence, torch.tensor([STAND_IN_SAMPLES]))
+            found = model.transcript_loss(model.project(frames), [""])
+            return Loss(found.total * 0, 0, 0, rejected=batch.rejected)
+        found = model.transcript_loss(model.project(self._frames(batch)), batch.texts)
+        return Loss(
+            found.total,
+            found.tokens,
+            found.correct,
+            seconds=batch.seconds,
+            positions=found.positions,
+            padding=found.padding,
+            flops=model.flops(
+                found.positions - found.padding,
+                found.tokens,
+                0.0 if self.train.cache else batch.seconds,
+            ),
+            rejected=batch.rejected,
+        )
+
+    def _frames(self, batch: Batch) -> list[Tensor]:
+        """Frames (T, D) of each utterance: from the cache, into which new ones go."""
+        cache = self.train.cache
+        if cache is None:
+            return self.module.encode(batch.waveforms, batch.num_samples)
+        frames = []
+        for row, (key, found) in enumerate(zip(batch.keys, batch.frames, strict=True)):
+            if found is None:
+                found = cache.get(key)  # another process may have been here meanwhile
+            if found is None:
+                # alone: what is kept must not depend on the neighbours, not in the last bit
+                length = batch.num_samples[row : row + 1]
+                (own,) = self.module.encode(batch.waveforms[row : row + 1, : int(length)], length)
+                found = cache.put(key, own)
+            frames.append(found.to(batch.waveforms.device))
+        return frames
+
+
+def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> list[str]:
+    """Make the model ready to be trained fast; the decisions, each with its reason."""
+    model.eval()
+    lines = []
+    if settings.packing:
+        half = settings.precision == "bfloat16"
+        with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):
+            lines.append(f"batches: {model.pack()}")
+    else:
+        lines.append("batches: padded, because train.packing is false")
+    if settings.compile:
+        for network in filter(None, (model.encoder.network, model.llm.network)):
+            compile_layers(network)
+        lines.append("compiled: the blocks of encoder and LLM; the first steps take minutes")
+    if settings.checkpointing:
+        checkpoint_layers(model.llm.network)
+        lines.append("activations: of block borders only, the others are computed twice")
+    if settings.shard:
+        ranks.shard(model.llm.network)
+        lines.append(f"LLM: its frozen blocks are spread over {ranks.world} processes (FSDP2)")
+    return lines
+
+
+def arithmetic(recipe: Recipe, ranks: Ranks) -> list[str]:
+    """What a step is made of, in words."""
+    train = recipe.train
+    measures = {
+        "utterances": train.batch_size,
+        "padded seconds": train.max_duration,
+        "LLM positions": train.max_tokens,
+    }
+    unit, size = next((unit, size) for unit, size in measures.items() if size is not None)
+    batches = ranks.world * train.accumulate
+    held = "float32" if train.precision == "float32" else "bfloat16, trained ones in float32"
+    return [
+        f"precision: products in {train.precision}, frozen weights in {held}, as train.precision",
+        f"step: {size:g} {unit} a batch x {train.accumulate} accumulated x {ranks.world} processes "
+        f"= at most {size * batches:g} {unit}",
+    ]

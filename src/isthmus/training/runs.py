@@ -1,20 +1,24 @@
 """Run folders, and the jobs that fill them."""
 
+import contextlib
+import hashlib
 import json
 import logging
 import platform
 import re
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from isthmus.errors import IsthmusError
-from isthmus.files import read_json, recover_folder, write_atomic, write_folder
+from isthmus.files import LOCK, FolderLock, read_json, recover_folder, write_atomic, write_folder
 from isthmus.model.llm import save_llm
 from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
@@ -25,15 +29,18 @@ from isthmus.recipe import (
     Recipe,
     dump_recipe,
     load_recipe,
+    parse_yaml,
 )
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
-from isthmus.training.data import speech_data
+from isthmus.training.data import feature_cache, speech_data
+from isthmus.training.features import Verification
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
-from isthmus.training.projector import SpeechTask
+from isthmus.training.parallel import Ranks
+from isthmus.training.projector import SpeechTask, arithmetic, prepare
 
 RECIPE = "recipe.yaml"
 PARTS = "parts.json"
@@ -44,38 +51,127 @@ WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, METRICS, BEST, CHECKPOINTS, MODEL}
 log = logging.getLogger(__name__)
 
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
+COMPARED = (*VERSIONS, "code")  # what must be the same when a run is resumed
 
 
-def check_folder(recipe: Experiment, folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raise IsthmusError when `folder` holds anything that the run must not touch."""
-    stored = folder / RECIPE
-    if not (stored.exists() and (folder / ENVIRONMENT).exists()):
-        if folder.exists() and any(folder.iterdir()):
+@dataclass(frozen=True)
+class Opening:
+    """What may be done to the run folder."""
+
+    resume: bool = False
+    """Go on with the run in it; begin it if there is none yet."""
+    overwrite: bool = False
+    allow_change: Collection[str] = ()
+    """Keys of the recipe that may differ when a run is resumed, `data`, `code`, or a package."""
+
+
+class RunFolder:
+    """A run folder that belongs to this process, or to the processes of one torchrun."""
+
+    def __init__(self, recipe: Experiment, folder: Path, opening: Opening, ranks: Ranks):
+        self.recipe = recipe
+        self.folder = folder
+        self.opening = opening
+        self.ranks = ranks
+        self.resumed = False
+        self._lock: FolderLock | None = None
+
+    def __enter__(self) -> Self:
+        """Raises IsthmusError when the folder holds anything that the run must not touch."""
+        if not self.ranks.leads:
+            logging.getLogger("isthmus").setLevel(logging.ERROR)  # one process tells
+        try:
+            self.ranks.lead(self._enter)
+        except BaseException:
+            self._release()
+            raise
+        stored = self.opening.resume and (self.folder / RECIPE).exists()
+        self.resumed = self.ranks.any(self.ranks.leads and stored)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.__exit__(None, None, None)
+
+    def begin(self, data: Mapping[str, str] | None = None) -> None:
+        """Write what explains the run; `data` are checksums of what is trained on.
+
+        A run that is not resumed is removed first.
+        """
+        self.ranks.lead(lambda: self._begin(data))
+
+    def _enter(self) -> None:
+        if self.folder.exists():  # nothing is made before models and data are there
+            self._lock = FolderLock(self.folder).__enter__()
+        self._check()
+
+    def _check(self) -> None:
+        folder, opening = self.folder, self.opening
+        found = {path.name for path in folder.iterdir()} - {LOCK} if folder.exists() else set()
+        foreign = sorted(name for name in found if not _is_written(name))
+        if not {RECIPE, ENVIRONMENT} <= found:
+            if foreign or found & {RECIPE, BEST, CHECKPOINTS, MODEL}:
+                raise IsthmusError(
+                    f"{folder} exists, is not empty and is no run folder: it holds "
+                    f"{', '.join(foreign[:5] or sorted(found)[:5])}. Name another folder."
+                )
+            if opening.resume:
+                log.info("%s holds no run yet: it begins.", folder)
+        elif opening.resume:
+            self._refuse(_recipe_changes(folder, self.recipe))
+            _compare_sources(self.recipe, folder)
+            before, now = read_json(folder / ENVIRONMENT), _environment()
+            self._refuse({n: (before.get(n), now[n]) for n in COMPARED if before.get(n) != now[n]})
+        elif not opening.overwrite:
             raise IsthmusError(
-                f"{folder} exists, is not empty and is no run folder. Name another folder."
+                f"{folder} holds a run already. Add --resume to go on, --overwrite to replace "
+                "it, or name another folder with --output-dir."
             )
-        if resume:
-            raise IsthmusError(f"{folder} holds no run to resume.")
-    elif resume:
-        before, now = stored.read_text(encoding="utf-8"), dump_recipe(recipe)
-        if before != now:
+        elif foreign:
             raise IsthmusError(
-                f"{folder} was trained with another recipe; {_differences(before, now)}. Resume "
-                "with the recipe of the run, or train into a new folder."
+                f"{folder} holds {', '.join(foreign[:5])} beside a run, which --overwrite "
+                "would not know how to make again. Move it away, or name another folder."
             )
-        _compare_sources(recipe, folder)
-    elif not overwrite:
-        raise IsthmusError(
-            f"{folder} holds a run already. Add --resume to go on, --overwrite to replace "
-            "it, or name another folder with --output-dir."
-        )
-    else:
-        foreign = sorted(path.name for path in folder.iterdir() if not _is_written(path.name))
-        if foreign:
+
+    def _refuse(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
+        """Raise IsthmusError for changes that were not allowed."""
+        refused = {key: pair for key, pair in changes.items() if not self._allowed(key)}
+        if refused:
+            lines = [f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in refused.items()]
+            keys = " ".join(f"--allow-change {key}" for key in refused)
             raise IsthmusError(
-                f"{folder} holds {', '.join(foreign[:5])} beside a run, which --overwrite would "
-                "not know how to make again. Move it away, or name another folder."
+                "\n".join([f"{self.folder} was begun otherwise:", *lines])
+                + f"\nPut it back, train into a new folder, or allow it: {keys}"
             )
+        for key, (old, new) in changes.items():
+            log.warning("%s changes within the run: %r then, %r now.", key, old, new)
+
+    def _allowed(self, key: str) -> bool:
+        return any(key == one or key.startswith(f"{one}.") for one in self.opening.allow_change)
+
+    def _begin(self, data: Mapping[str, str] | None) -> None:
+        if self._lock is None:
+            self._lock = FolderLock(self.folder).__enter__()
+            self._check()  # another process may have begun meanwhile
+        if self.resumed:
+            before = read_json(self.folder / DATA) if data is not None else {}
+            if data is not None and before != data:
+                self._refuse({"data": (before, data)})
+        else:
+            for path in sorted(self.folder.glob("*")):
+                if path.is_dir() and _is_written(path.name):
+                    shutil.rmtree(path)
+                elif _is_written(path.name):
+                    path.unlink()
+            sources = {name: part.to_dict() for name, part in self.recipe.sources().items()}
+            _write_json(self.folder / PARTS, sources)
+        if data is not None:
+            _write_json(self.folder / DATA, data)
+        _write_json(self.folder / ENVIRONMENT, _environment())
+        write_atomic(self.folder / RECIPE, dump_recipe(self.recipe))  # last: now it is a run
 
 
 def _is_written(name: str) -> bool:
@@ -84,36 +180,35 @@ def _is_written(name: str) -> bool:
     return (halfway[1] if halfway else name) in WRITTEN
 
 
-def open_run(
-    recipe: Experiment, folder: Path, *, resume: bool, data: Mapping[str, str] | None = None
-) -> None:
-    """Make the run folder; a run that is not resumed is removed first (see check_folder).
-
-    `data` are checksums of what is trained on: IsthmusError if they are not those of the run that
-    is resumed.
-    """
-    if resume:
-        if data is not None and read_json(folder / DATA) != data:
-            raise IsthmusError(
-                f"{folder} was trained on other data: ids, durations or texts of the utterances "
-                f"differ from those in {DATA}. Restore the manifests, or train into a new folder."
-            )
-        return
-    for path in sorted(folder.glob("*")):
-        if path.is_dir() and _is_written(path.name):
-            shutil.rmtree(path)
-        elif _is_written(path.name):
-            path.unlink()
-    environment = {name: version(name) for name in VERSIONS} | {
+def _environment() -> dict[str, Any]:
+    """What the run is computed with."""
+    package = Path(__file__).resolve().parent.parent
+    code = hashlib.sha256()
+    for file in sorted(package.rglob("*.py")):
+        code.update(str(file.relative_to(package)).encode() + file.read_bytes())
+    return {name: version(name) for name in VERSIONS} | {
+        "code": code.hexdigest()[:16],
         "python": platform.python_version(),
         "machine": platform.machine(),
         "command": sys.argv[1:],
     }
-    _write_json(folder / ENVIRONMENT, environment)
-    _write_json(folder / PARTS, {name: part.to_dict() for name, part in recipe.sources().items()})
-    if data is not None:
-        _write_json(folder / DATA, data)
-    write_atomic(folder / RECIPE, dump_recipe(recipe))
+
+
+def _recipe_changes(folder: Path, recipe: Experiment) -> dict[str, tuple[Any, Any]]:
+    """The keys in which a recipe differs from that of the run."""
+    stored = parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))
+    before, now = _flat(stored), _flat(parse_yaml(dump_recipe(recipe)))
+    keys = [*now, *(key for key in before if key not in now)]
+    return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        below = isinstance(value, dict) and value
+        found |= _flat(value, f"{prefix}{key}.") if below else {prefix + key: value}
+    return found
 
 
 def _write_json(path: Path, values: Mapping[str, object]) -> None:
@@ -128,24 +223,49 @@ def _digests(train: SpeechData, dev: SpeechData | None) -> dict[str, str]:
 def train(
     recipe: Recipe,
     folder: Path,
+    opening: Opening = Opening(),
     *,
-    resume: bool = False,
-    overwrite: bool = False,
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train what a recipe does not freeze; `folder` is then a run to decode with.
 
     Nothing is written before the models and the data are loaded.
     """
-    check_folder(recipe, folder, resume=resume, overwrite=overwrite)
-    torch.manual_seed(recipe.seed)
-    model = (_as_recorded(recipe, folder) if resume else recipe).build().to(choose_device())
-    for line in model.summary():
-        log.info(line)
-    train_data, dev = speech_data(recipe, model)
-    open_run(recipe, folder, resume=resume, data=_digests(train_data, dev))
-    task = SpeechTask(model, train_data, dev, recipe.train)
-    return fit(task, recipe.train, folder, resume=resume, on_step=on_step)
+    ranks = Ranks()
+    with RunFolder(recipe, folder, opening, ranks) as run:
+        torch.manual_seed(recipe.seed)
+        pinned = _as_recorded(recipe, folder) if run.resumed else recipe
+        model = pinned.build().to(ranks.device)
+        for line in [*model.summary(), *arithmetic(recipe, ranks)]:
+            log.info(line)
+        train_data, dev = speech_data(recipe, model)
+        run.begin(_digests(train_data, dev))
+        task = SpeechTask(model, train_data, dev, recipe)
+        task.use_cache(feature_cache(recipe, model))
+        for line in prepare(model, recipe.train, ranks):
+            log.info(line)
+        return fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
+
+
+def cache_features(
+    recipe: Recipe, on_utterance: Callable[[int, int], None], *, only_verify: bool = False
+) -> Verification:
+    """Fill the feature cache of a recipe with what it trains and validates on, and read it."""
+    if recipe.data.feature_cache == "off":
+        raise IsthmusError(
+            "data.feature_cache is off. Choose a precision: add data.feature_cache=bfloat16."
+        )
+    ranks = Ranks()
+    model = recipe.build().to(ranks.device)
+    cache = feature_cache(recipe, model, strict=True)
+    if cache is None:
+        raise IsthmusError("This recipe has no frames that could be kept; the log says why.")
+    with contextlib.closing(cache):
+        if not only_verify:
+            task = SpeechTask(model, *speech_data(recipe, model), recipe)
+            task.use_cache(cache)
+            task.fill_cache(ranks, on_utterance)
+        return cache.verify()
 
 
 def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
@@ -200,47 +320,39 @@ def _compare_sources(recipe: Experiment, folder: Path) -> None:
 def pretrain_ctc(
     recipe: CTCRecipe,
     folder: Path,
+    opening: Opening = Opening(),
     *,
-    resume: bool = False,
-    overwrite: bool = False,
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a Conformer with CTC; `folder`/model is the encoder to name in a recipe."""
-    check_folder(recipe, folder, resume=resume, overwrite=overwrite)
-    torch.manual_seed(recipe.seed)
-    model = recipe.build()
-    train_data, dev = speech_data(recipe, model)
-    open_run(recipe, folder, resume=resume, data=_digests(train_data, dev))
-    model.to(choose_device())
-    task = CTCTask(model, train_data, dev, recipe.train, recipe.data.spec_augment)
-    progress = fit(task, recipe.train, folder, resume=resume, on_step=on_step)
-    checkpoint.load_weights(folder / BEST, task.state())
-    write_folder(folder / MODEL, model.cpu().eval().save)
-    return progress
+    ranks = Ranks()
+    with RunFolder(recipe, folder, opening, ranks) as run:
+        torch.manual_seed(recipe.seed)
+        model = recipe.build().to(ranks.device)
+        train_data, dev = speech_data(recipe, model)
+        run.begin(_digests(train_data, dev))
+        task = CTCTask(model, train_data, dev, recipe)
+        end = fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
+        checkpoint.load_weights(folder / BEST, task.state())
+        ranks.lead(lambda: write_folder(folder / MODEL, model.cpu().eval().save))
+        return end
 
 
 def pretrain_lm(
     recipe: LanguageRecipe,
     folder: Path,
+    opening: Opening = Opening(),
     *,
-    resume: bool = False,
-    overwrite: bool = False,
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a small language model; `folder`/model is the LLM to name in a recipe."""
-    check_folder(recipe, folder, resume=resume, overwrite=overwrite)
-    torch.manual_seed(recipe.seed)
-    llm = recipe.build()
-    open_run(recipe, folder, resume=resume)
-    llm.to(choose_device())
-    task = LanguageTask(llm, recipe)
-    progress = fit(task, recipe.train, folder, resume=resume, on_step=on_step)
-    checkpoint.load_weights(folder / BEST, task.state())
-    write_folder(folder / MODEL, partial(save_llm, llm.cpu().eval()))
-    return progress
-
-
-def _differences(old: str, new: str) -> str:
-    """The keys in which two resolved recipes differ."""
-    before, after = ({line.strip() for line in text.splitlines()} for text in (old, new))
-    return f"it had {sorted(before - after)}, now {sorted(after - before)}"
+    ranks = Ranks()
+    with RunFolder(recipe, folder, opening, ranks) as run:
+        torch.manual_seed(recipe.seed)
+        llm = recipe.build().to(ranks.device)
+        run.begin()
+        task = LanguageTask(llm, recipe)
+        end = fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
+        checkpoint.load_weights(folder / BEST, task.state())
+        ranks.lead(lambda: write_folder(folder / MODEL, partial(save_llm, llm.cpu().eval())))
+        return end

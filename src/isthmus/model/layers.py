@@ -1,0 +1,91 @@
+"""What is done to every layer of a network alike: finding, recomputing and compiling them."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from isthmus.errors import IsthmusError
+
+Forward = Callable[..., Any]
+
+
+def decoder_layers(network: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a transformer, in order, with adapters in them or without.
+
+    They are those that transformers marks, or else the longest list of modules of one type.
+
+    Raises IsthmusError for a network without repeated blocks.
+    """
+    marked: list[nn.Module] = [
+        module for module in network.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    if marked:
+        inside = {id(part) for layer in marked for part in layer.modules() if part is not layer}
+        return [layer for layer in marked if id(layer) not in inside]
+    lists = [list(module) for module in network.modules() if isinstance(module, nn.ModuleList)]
+    alike = [layers for layers in lists if len({type(layer) for layer in layers}) == 1]
+    if not alike:
+        raise IsthmusError(
+            f"{type(network).__name__} has no repeated layers, so it can be neither quantised, "
+            "compiled nor recomputed layer by layer. Leave these settings out for this model."
+        )
+    return max(alike, key=len)
+
+
+def checkpoint_layers(network: nn.Module) -> None:
+    """Keep only the inputs of every layer, and compute the layer again in the backward pass.
+
+    Less memory for a third more time (arXiv 1604.06174). Unlike that of transformers this acts in
+    evaluation mode too, because the gradient goes through a frozen language model that is never in
+    training mode. Nothing changes without gradient. Call it after `compile_layers`, if both are
+    wanted.
+    """
+    for layer in decoder_layers(network):
+        _replace_forward(layer, _recomputed(layer, layer.forward))
+
+
+def _recomputed(layer: nn.Module, forward: Forward) -> Forward:
+    def recomputed(*inputs: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*inputs, **options)
+        return checkpoint(
+            forward,
+            *inputs,
+            use_reentrant=False,
+            preserve_rng_state=layer.training,  # reading it stops the GPU; only dropout needs it
+            **options,
+        )
+
+    return recomputed
+
+
+def compile_layers(network: nn.Module, backend: str | Forward = "inductor") -> None:
+    """Compile every layer on its own, for any batch size and length.
+
+    Layers of one kind share their code, so the compiler does its work once, not once a layer.
+    `backend` is what `torch.compile` takes.
+    """
+    for layer in decoder_layers(network):
+        _replace_forward(layer, torch.compile(layer.forward, dynamic=True, backend=backend))
+
+
+def _replace_forward(layer: nn.Module, changed: Forward) -> None:
+    """Run `changed` instead of the layer's forward, except with a cache of keys and values.
+
+    A second forward pass would fill the cache twice, and the compiler, seeing every layer write to
+    a place of its own in it, would compile every one.
+    """
+    original = layer.forward
+
+    @wraps(original)
+    def forward(*inputs: Any, **options: Any) -> Any:
+        cached = any(isinstance(value, Cache) for value in (*inputs, *options.values()))
+        return (original if cached else changed)(*inputs, **options)
+
+    layer.forward = forward
