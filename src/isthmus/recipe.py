@@ -28,6 +28,7 @@ from isthmus.model.llm import (
 from isthmus.model.parts import SHIPPED, PartSettings, PretrainedSettings, Source, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
+from isthmus.model.quantise import quantise
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.speech.augment import Augmentation, SpecAugment
 
@@ -68,7 +69,7 @@ class DataSettings(PartSettings):
 class SpeechDataSettings(DataSettings):
     """The same for a model with a frozen encoder, whose frames can be kept."""
 
-    feature_cache: Literal["off", "bfloat16", "float32"] = "off"
+    feature_cache: Literal["none", "bfloat16", "float32"] = "none"
     """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
 
 
@@ -193,6 +194,8 @@ class Recipe(Experiment):
                 encoder.store(torch.bfloat16)
             if self.llm.tune != "full" and self.llm.dtype == "auto":
                 llm.store(torch.bfloat16)
+        if self.llm.quantise != "none":
+            quantise(llm.network, self.llm.quantise)
         return SpeechLLM(
             encoder,
             self.projector.build(encoder.dim, llm.dim),

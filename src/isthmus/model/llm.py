@@ -49,6 +49,8 @@ class LLMSettings(PretrainedSettings):
     tune: Tune = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the weights; auto is the model's own, but not float16 in a frozen model."""
+    quantise: Literal["none", "int8", "int4", "fp8"] = "none"
+    """Frozen weights in 8 or 4 bits, or products of float8 numbers (GPUs since Ada)."""
     lora: LoraSettings = LoraSettings()
     """Used with `tune: lora`."""
 

@@ -78,6 +78,7 @@ class Packing:
         return self.prefix.keys[layer].to(like), self.prefix.values[layer].to(like)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a loop over utterances, new each time
 def _attention(
     module: nn.Module,
     query: Tensor,

@@ -53,7 +53,7 @@ def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> 
     `strict`: what cannot be written is an error instead of a warning.
     """
     precision = recipe.data.feature_cache
-    if precision == "off":
+    if precision == "none":
         return None
     acting = [name for name in ("augment", "join") if getattr(recipe.data, name) is not None]
     if acting or recipe.encoder.tune != "frozen":

@@ -134,9 +134,11 @@ def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> li
     return lines
 
 
-def arithmetic(recipe: Recipe, ranks: Ranks) -> list[str]:
+def arithmetic(model: SpeechLLM, recipe: Recipe, ranks: Ranks) -> list[str]:
     """What a step is made of, in words."""
     train = recipe.train
+    encoder = next((value.dtype for value in model.encoder.parameters()), torch.float32)
+    held = [str(dtype).removeprefix("torch.") for dtype in (encoder, model.llm.dtype)]
     measures = {
         "utterances": train.batch_size,
         "padded seconds": train.max_duration,
@@ -144,9 +146,9 @@ def arithmetic(recipe: Recipe, ranks: Ranks) -> list[str]:
     }
     unit, size = next((unit, size) for unit, size in measures.items() if size is not None)
     batches = ranks.world * train.accumulate
-    held = "float32" if train.precision == "float32" else "bfloat16, trained ones in float32"
     return [
-        f"precision: products in {train.precision}, frozen weights in {held}, as train.precision",
+        f"precision: products in {train.precision}; weights of the encoder in {held[0]}, of the "
+        f"LLM in {held[1]} (quantised: {recipe.llm.quantise}); what is trained is in float32",
         f"step: {size:g} {unit} a batch x {train.accumulate} accumulated x {ranks.world} processes "
         f"= at most {size * batches:g} {unit}",
     ]

@@ -236,7 +236,7 @@ def train(
         torch.manual_seed(recipe.seed)
         pinned = _as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build().to(ranks.device)
-        for line in [*model.summary(), *arithmetic(recipe, ranks)]:
+        for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
         run.begin(_digests(train_data, dev))
@@ -251,9 +251,9 @@ def cache_features(
     recipe: Recipe, on_utterance: Callable[[int, int], None], *, only_verify: bool = False
 ) -> Verification:
     """Fill the feature cache of a recipe with what it trains and validates on, and read it."""
-    if recipe.data.feature_cache == "off":
+    if recipe.data.feature_cache == "none":
         raise IsthmusError(
-            "data.feature_cache is off. Choose a precision: add data.feature_cache=bfloat16."
+            "data.feature_cache is none. Choose a precision: add data.feature_cache=bfloat16."
         )
     ranks = Ranks()
     model = recipe.build().to(ranks.device)
