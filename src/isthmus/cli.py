@@ -242,7 +242,7 @@ def evaluate(
     from isthmus.decoding.transcriber import load
     from isthmus.display import counting, print_scores
 
-    transcriber = load(run, beam_size=beam_size, batch_size=batch_size)
+    transcriber = load(run, beam_size=beam_size, batch_size=batch_size, cached=True)
     if ctc:
         check_ctc(transcriber)
     with counting("utterances") as on_batch:

@@ -1,57 +1,94 @@
-"""Progress for people: a bar on a terminal, plain lines in a log."""
+"""Progress for people: a bar on a terminal, plain lines in a log, curves in TensorBoard."""
 
+import logging
+import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Column, Table
+
+from isthmus.errors import IsthmusError
 
 LINES_EVERY = 50  # steps between lines in a log
 WINDOW = 20  # steps averaged for display
 
 errors = Console(stderr=True)
+log = logging.getLogger(__name__)
+
+Metrics = dict[str, Any]
 
 
 class TrainingDisplay:
-    """Shows the metrics of training steps."""
+    """Shows the metrics of training steps, with whatever of them there is."""
 
     def __init__(self, console: Console, bar: Progress | None, total: int):
         self.console = console
         self.bar = bar
         self.task = bar.add_task("training", total=total, text="") if bar else None
-        self.recent: deque[dict[str, Any]] = deque(maxlen=WINDOW)
+        self.recent: deque[Metrics] = deque(maxlen=WINDOW)
         self.total = total
+        self.left_out = 0
 
-    def __call__(self, metrics: dict[str, Any]) -> None:
+    def __call__(self, metrics: Metrics) -> None:
+        step = metrics["step"]
         self.recent.append(metrics)
+        self.left_out += len(metrics.get("rejected", ()))  # the training itself names them
         if self.bar is not None and self.task is not None:
-            self.bar.update(self.task, completed=metrics["step"], text=self._line())
-        elif metrics["step"] % LINES_EVERY == 0:
-            self.console.print(
-                f"step {metrics['step']}/{self.total} | {self._line()}", highlight=False
-            )
+            self.bar.update(self.task, completed=step, text=self._line())
+        elif step % LINES_EVERY == 0 or step == self.total:
+            self._print(f"step {step}/{self.total} | {self._line()}")
         if "dev_loss" in metrics:
-            self.console.print(
-                f"step {metrics['step']}: validation loss {metrics['dev_loss']:.4f}, accuracy "
-                f"{metrics['dev_accuracy']:.1%}",
-                highlight=False,
+            self._print(
+                f"step {step}: validation loss {metrics['dev_loss']:.4f}, accuracy "
+                f"{metrics['dev_accuracy']:.1%}"
             )
         if "skipped" in metrics:
-            self.console.print(f"step {metrics['step']}: not finite, skipped {metrics['skipped']}")
+            self._print(
+                f"step {step}: loss or gradient not finite, step skipped: "
+                f"{'; '.join(metrics['skipped'])}"
+            )
+
+    def _print(self, line: str) -> None:
+        """As it is: no colours, no markup, and a line stays a line in a log of any width."""
+        self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _line(self) -> str:
-        units = max(1, sum(m["units"] for m in self.recent))
-        seconds = sum(m["step_seconds"] for m in self.recent)
-        audio = sum(m["audio_seconds"] for m in self.recent)
-        loss = sum(m["loss"] * m["units"] for m in self.recent) / units
-        accuracy = sum(m["accuracy"] * m["units"] for m in self.recent) / units
-        speed = (
-            f" | {audio / seconds:.0f} s audio/s" if audio else f" | {units / seconds:.0f} tokens/s"
-        )
-        return f"loss {loss:.3f} | accuracy {accuracy:.1%}{speed}"
+        """What matters most comes first: a narrow terminal cuts the end off."""
+        applied = [metrics for metrics in self.recent if "skipped" not in metrics]
+        units = max(1, sum(metrics.get("units", 0) for metrics in applied))
+        parts = [
+            f"loss {_mean(applied, 'loss', 'units'):.3f}",
+            f"accuracy {_mean(applied, 'accuracy', 'units'):.1%}",
+        ]
+        seconds = sum(metrics.get("step_seconds", 0.0) for metrics in self.recent)
+        if seconds:
+            left = (self.total - self.recent[-1]["step"]) * seconds / len(self.recent)
+            audio = sum(metrics.get("audio_seconds", 0.0) for metrics in self.recent)
+            speed = f"{audio / seconds:.0f} s audio" if audio else f"{units / seconds:.0f} tokens"
+            parts += [f"{timedelta(seconds=round(left))} left", f"{speed}/s"]
+        if any("padding" in metrics for metrics in self.recent):
+            parts.append(f"padding {_mean(self.recent, 'padding'):.1%}")
+        if "memory_gb" in self.recent[-1]:
+            parts.append(f"{self.recent[-1]['memory_gb']:.1f} GB")
+        if any("mfu" in metrics for metrics in self.recent):
+            parts.append(f"MFU {_mean(self.recent, 'mfu', 'step_seconds'):.1%}")
+        if self.left_out:
+            parts.append(f"left out {self.left_out}")
+        return " | ".join(parts)
+
+
+def _mean(steps: Iterable[Metrics], key: str, weight: str | None = None) -> float:
+    """Mean of a figure over the steps that have it; not a number where none has."""
+    pairs = [(step[key], step.get(weight, 0) if weight else 1) for step in steps if key in step]
+    total = sum(weight for _, weight in pairs)
+    return sum(value * weight for value, weight in pairs) / total if total else math.nan
 
 
 @contextmanager
@@ -62,13 +99,80 @@ def training_display(total: int, console: Console | None = None) -> Iterator[Tra
         yield TrainingDisplay(console, None, total)
         return
     columns = (
-        BarColumn(),
+        BarColumn(bar_width=20),
         TextColumn("{task.completed}/{task.total}"),
-        TextColumn("{task.fields[text]}"),
-        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", table_column=Column(ratio=1)),  # only this is cut
     )
-    with Progress(*columns, console=console) as bar:
+    with Progress(*columns, console=console, expand=True) as bar:
         yield TrainingDisplay(console, bar, total)
+
+
+CURVES = {  # their names in TensorBoard, where what stands before the stroke makes a group
+    "loss": "loss/train",
+    "dev_loss": "loss/validation",
+    "accuracy": "accuracy/train",
+    "dev_accuracy": "accuracy/validation",
+    "learning_rate": "optimiser/learning rate",
+    "gradient_norm": "optimiser/gradient norm",
+    "audio_speed": "speed/audio seconds a second",
+    "tflops": "speed/model TFLOP a second",
+    "mfu": "speed/model FLOP utilisation",
+    "padding": "speed/padding",
+    "memory_gb": "memory/peak GB",
+}
+
+
+class TensorBoard:
+    """Writes the metrics of training steps as curves; a context, as which it is closed.
+
+    Give it to a training job as `on_step`. `folder` is made at the first step. What TensorBoard
+    already has there of that step and later ones is void: a run that was resumed makes them again.
+    """
+
+    def __init__(self, folder: Path):
+        """Raises IsthmusError where TensorBoard is not installed."""
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise IsthmusError(
+                f"Curves for TensorBoard need the extra `log` ({error.name} is not installed). "
+                "Install it: pip install 'isthmus[log]'"
+            ) from error
+        self._open = partial(SummaryWriter, str(folder))
+        self._writer: SummaryWriter | None = None
+        self._failed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with self._forgiving():
+            if self._writer is not None:
+                self._writer.close()
+
+    def __call__(self, metrics: Metrics) -> None:
+        with self._forgiving():
+            if self._writer is None and not self._failed:
+                self._writer = self._open(purge_step=metrics["step"])
+            if self._writer is not None:
+                for name, value in _curves(metrics).items():
+                    self._writer.add_scalar(CURVES[name], value, metrics["step"])
+
+    @contextmanager
+    def _forgiving(self) -> Iterator[None]:
+        """Training does not end for curves, which metrics.jsonl holds too."""
+        try:
+            yield
+        except OSError as error:
+            self._writer, self._failed = None, True
+            log.warning("TensorBoard's files cannot be written: %s. Going on without them.", error)
+
+
+def _curves(metrics: Metrics) -> dict[str, float]:
+    found = {name: metrics[name] for name in CURVES if name in metrics}
+    if metrics.get("audio_seconds") and metrics.get("step_seconds"):
+        found["audio_speed"] = metrics["audio_seconds"] / metrics["step_seconds"]
+    return found
 
 
 @contextmanager

@@ -194,15 +194,16 @@ class Recipe(Experiment):
                 encoder.store(torch.bfloat16)
             if self.llm.tune != "full" and self.llm.dtype == "auto":
                 llm.store(torch.bfloat16)
-        if self.llm.quantise != "none":
-            quantise(llm.network, self.llm.quantise)
-        return SpeechLLM(
+        model = SpeechLLM(
             encoder,
             self.projector.build(encoder.dim, llm.dim),
             llm,
             self.prompt,
             {"encoder": self.encoder.tune, "llm": self.llm.tune},
         )
+        if self.llm.quantise != "none":
+            quantise(llm.network, self.llm.quantise)
+        return model
 
     def sources(self) -> dict[str, Source]:
         parts = {"encoder": self.encoder, "llm": self.llm}

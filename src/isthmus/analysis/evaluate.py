@@ -9,11 +9,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lhotse.cut import Cut
 
-from isthmus.decoding.transcriber import Transcriber, Transcript
+from isthmus.decoding.transcriber import Speech, Transcriber, Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
 from isthmus.scoring import SetScores, score_sets
@@ -121,9 +120,8 @@ def ctc_scores(transcriber: Transcriber, evaluation: Evaluation) -> SetScores:
     device = next(transcriber.model.parameters()).device
 
     @torch.inference_mode()
-    def hear(waveforms: list[np.ndarray]) -> list[str]:
-        blank = [""] * len(waveforms)
-        batch = collate(blank, waveforms, blank).to(device)
+    def hear(speech: list[Speech]) -> list[str]:
+        batch = collate([""] * len(speech), [one.waveform for one in speech], []).to(device)
         frames, lengths = encoder(batch.waveforms, batch.num_samples)
         return head.greedy(head.log_probs(frames), lengths)
 

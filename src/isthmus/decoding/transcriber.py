@@ -5,12 +5,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeAlias, TypeVar, overload
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
+from torch import Tensor
 
 from isthmus.decoding.beam import FinishReason, Hypothesis, beam_search
 from isthmus.errors import IsthmusError
@@ -20,6 +22,8 @@ from isthmus.recipe import DecodeSettings
 from isthmus.speech.audio import SAMPLE_RATE, AudioError, audio_info, load_audio
 from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import collate
+from isthmus.training.data import feature_cache
+from isthmus.training.features import FeatureCache
 from isthmus.training.runs import load_run
 
 DEFAULT = "default"
@@ -46,12 +50,26 @@ class Result(Generic[Heard]):
     seconds: float = 0.0  # of computing, its share of the batch's
 
 
-class Transcriber:
-    """A model with its decoding settings; the text of an utterance depends on nothing else."""
+@dataclass(frozen=True)
+class Speech:
+    """One utterance, loaded."""
 
-    def __init__(self, model: SpeechLLM, settings: DecodeSettings):
+    waveform: np.ndarray  # (S,) float32, 16 kHz
+    key: str | None = None  # in the feature cache, if it may be there
+
+
+class Transcriber:
+    """A model with its decoding settings; the text of an utterance depends on nothing else.
+
+    With a `cache`, the encoder's frames of cuts are read from it and kept in it.
+    """
+
+    def __init__(
+        self, model: SpeechLLM, settings: DecodeSettings, cache: FeatureCache | None = None
+    ):
         self.model = model.eval()
         self.settings = settings
+        self.cache = cache
 
     @overload
     def transcribe(self, audio: Audio) -> Transcript: ...
@@ -79,22 +97,22 @@ class Transcriber:
         return self.each_batch(audio, self._transcribe_batch)
 
     def each_batch(
-        self, audio: Sequence[Audio], hear: Callable[[list[np.ndarray]], list[Heard]]
+        self, audio: Sequence[Audio], hear: Callable[[list[Speech]], list[Heard]]
     ) -> Iterator[Result[Heard]]:
-        """What `hear` finds in batches of waveforms (S,) of like length, or the fault of each."""
+        """What `hear` finds in batches of utterances of like length, or the fault of each."""
         order = sorted(range(len(audio)), key=lambda index: _seconds(audio[index]))
         for start in range(0, len(order), self.settings.batch_size):
-            waveforms: dict[int, np.ndarray] = {}
+            loaded: dict[int, Speech] = {}
             for index in order[start : start + self.settings.batch_size]:
                 try:
-                    waveforms[index] = self.load(audio[index])
+                    loaded[index] = Speech(self.load(audio[index]), self._key(audio[index]))
                 except IsthmusError as error:
                     yield Result(index, error)
-            if waveforms:
+            if loaded:
                 started = time.perf_counter()
-                found = hear(list(waveforms.values()))
-                share = (time.perf_counter() - started) / len(waveforms)
-                for index, heard in zip(waveforms, found, strict=True):
+                found = hear(list(loaded.values()))
+                share = (time.perf_counter() - started) / len(loaded)
+                for index, heard in zip(loaded, found, strict=True):
                     yield Result(index, heard, share)
 
     def load(self, audio: Audio) -> np.ndarray:
@@ -114,12 +132,10 @@ class Transcriber:
         return waveform
 
     @torch.inference_mode()
-    def _transcribe_batch(self, waveforms: Sequence[np.ndarray]) -> list[Transcript]:
+    def _transcribe_batch(self, speech: Sequence[Speech]) -> list[Transcript]:
         model, settings = self.model, self.settings
-        batch = collate([""] * len(waveforms), waveforms, [""] * len(waveforms))
-        device = next(model.projector.parameters()).device
-        audio = model.embed_audio(batch.waveforms.to(device), batch.num_samples.to(device))
-        durations = [len(waveform) / SAMPLE_RATE for waveform in waveforms]
+        audio = model.project(self._frames(speech))
+        durations = [len(one.waveform) / SAMPLE_RATE for one in speech]
         found = beam_search(
             model.llm,
             [model.sequence(embeddings)[0] for embeddings in audio],
@@ -129,6 +145,22 @@ class Transcriber:
             length_penalty=settings.length_penalty,
         )
         return [self._transcript(n[0], d) for n, d in zip(found, durations, strict=True)]
+
+    def _frames(self, speech: Sequence[Speech]) -> list[Tensor]:
+        """The encoder's frames (T, D) of each."""
+        model, cache = self.model, self.cache
+        device = next(model.projector.parameters()).device
+        if cache is None or any(one.key is None for one in speech):
+            batch = collate([""] * len(speech), [one.waveform for one in speech], [])
+            return model.encode(batch.waveforms.to(device), batch.num_samples.to(device))
+        waveforms = [torch.from_numpy(one.waveform).to(device) for one in speech]
+        return [
+            cache.frames(one.key or "", partial(model.encode_alone, waveform)).to(device)
+            for one, waveform in zip(speech, waveforms, strict=True)
+        ]
+
+    def _key(self, audio: Audio) -> str | None:
+        return self.cache.key(audio) if self.cache is not None and isinstance(audio, Cut) else None
 
     def _budget(self, seconds: float) -> int:
         """Tokens that a transcript may have, its end token among them."""
@@ -141,14 +173,22 @@ class Transcriber:
 
 
 def load(
-    run: str | Path = DEFAULT, *, beam_size: int | None = None, batch_size: int | None = None
+    run: str | Path = DEFAULT,
+    *,
+    beam_size: int | None = None,
+    batch_size: int | None = None,
+    cached: bool = False,
 ) -> Transcriber:
-    """The transcriber of a run folder, or of the shipped tiny system (`default`)."""
+    """The transcriber of a run folder, or of the shipped tiny system (`default`).
+
+    `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
+    one.
+    """
     model, recipe = load_run(run_folder(run))
     changes = {"beam_size": beam_size, "batch_size": batch_size}
     given = {name: value for name, value in changes.items() if value is not None}
     settings = DecodeSettings.model_validate(recipe.decode.model_dump() | given)
-    return Transcriber(model, settings)
+    return Transcriber(model, settings, feature_cache(recipe, model) if cached else None)
 
 
 def run_folder(run: str | Path) -> Path:

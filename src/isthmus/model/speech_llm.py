@@ -165,6 +165,11 @@ class SpeechLLM(nn.Module):
         frames, num_frames = self.encoder(waveforms, num_samples)
         return [row[:length] for row, length in zip(frames, num_frames.tolist(), strict=True)]
 
+    def encode_alone(self, waveform: Tensor) -> Tensor:
+        """A waveform (S,) to its frames (T, D), the same to the bit in any company."""
+        num_samples = torch.tensor([len(waveform)], device=waveform.device)
+        return self.encode(waveform[None], num_samples)[0]
+
     def project(self, frames: Sequence[Tensor]) -> list[Tensor]:
         """B tensors of frames (T, D) to B tensors of audio embeddings (A, E)."""
         lengths = torch.tensor([len(row) for row in frames], device=frames[0].device)

@@ -17,7 +17,7 @@ import os
 import platform
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from io import FileIO
@@ -214,6 +214,14 @@ class FeatureCache:
         self._entries.setdefault(key, []).append((self._writer.shard, entry))
         self._read[self._writer.shard] = self._writer.index_size
         return stored
+
+    def frames(
+        self, key: str, compute: Callable[[], Tensor], found: Tensor | None = None
+    ) -> Tensor:
+        """Frames (T, D) as `found`, or else as kept, or else computed and kept from now on."""
+        if found is None:
+            found = self.get(key)
+        return self.put(key, compute()) if found is None else found
 
     def verify(self) -> Verification:
         """Read all that is there; what was computed again after damage counts as sound."""

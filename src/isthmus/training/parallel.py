@@ -5,14 +5,17 @@ summed; frozen blocks may be spread over the ranks (FSDP2).
 """
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from functools import cached_property
+from types import TracebackType
+from typing import Self
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed import DistError
 from torch.distributed.fsdp import fully_shard
+from transformers import PreTrainedModel
 
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.model.layers import decoder_layers
@@ -27,35 +30,55 @@ def leading() -> bool:
 
 
 class Ranks:
-    """This process among those of the run."""
+    """This process among those of the run.
+
+    As a context it leaves them at the end. RetryLater takes the place of torch's own error when
+    another process cannot be reached (any more).
+    """
 
     def __init__(self) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            seconds = float(os.environ.get(SILENCE_SECONDS, DEFAULT_SILENCE))
-            state = PartialState(
-                cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=seconds)
+        self.rank, self.world = 0, int(os.environ.get("WORLD_SIZE", "1"))
+        gpus = torch.cuda.device_count()
+        self.device = torch.device("cuda" if gpus else "cpu")
+        if self.world == 1:
+            return
+        if gpus:
+            self.device = _own_gpu(gpus)
+            torch.cuda.set_device(self.device)
+        seconds = float(os.environ.get(SILENCE_SECONDS, DEFAULT_SILENCE))
+        with _contact():
+            torch.distributed.init_process_group(
+                "nccl" if gpus else "gloo", timeout=timedelta(seconds=seconds)
             )
-            self.rank, self.world = int(state.process_index), int(state.num_processes)
-            self.device = torch.device(state.device)
-        else:
-            self.rank, self.world = 0, 1
-            self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.rank = torch.distributed.get_rank()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Raises RetryLater where `error` is that another process is gone."""
+        if self.world == 1:
+            return
+        if isinstance(error, Exception):  # the others may wait elsewhere: no farewell
+            with _contact():
+                raise error
+        torch.distributed.destroy_process_group()
 
     @property
     def leads(self) -> bool:
         """Whether this process writes the run's files and talks to the user."""
         return self.rank == 0
 
-    @cached_property
-    def _plain_device(self) -> torch.device:
-        """gloo sums what is on the CPU, nccl what is on the GPU."""
-        return self.device if self.device.type == "cuda" else torch.device("cpu")
-
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each of `values` summed over the ranks, the same on all."""
         if self.world == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self._plain_device)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(total)
         return [float(value) for value in total.tolist()]
 
@@ -71,57 +94,100 @@ class Ranks:
         torch.distributed.all_gather_object(found, lines)
         return [line for own in found for line in own]
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Gradients summed over the ranks, in one message a dtype; a missing one counts as 0."""
+    def sum_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Gradients summed over the ranks; a missing one counts as 0 where another rank has it."""
         if self.world == 1:
             return
-        kinds: dict[torch.dtype, list[Tensor]] = {}
-        for parameter in parameters:
+        found = self.sum([float(parameter.grad is not None) for parameter in parameters])
+        used = [one for one, count in zip(parameters, found, strict=True) if count]
+        for parameter in used:
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            kinds.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-        for gradients in kinds.values():
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            torch.distributed.all_reduce(flat)
-            for gradient, part in zip(
-                gradients, flat.split([gradient.numel() for gradient in gradients]), strict=True
-            ):
-                gradient.copy_(part.view_as(gradient))
+        _sum_in_place([one.grad for one in used if one.grad is not None])
 
     def average(self, tensors: Iterable[Tensor]) -> None:
         """Running statistics, averaged over the ranks."""
         if self.world == 1:
             return
-        for tensor in tensors:
-            if tensor.is_floating_point():
-                torch.distributed.all_reduce(tensor)
-                tensor /= self.world
+        means = [tensor for tensor in tensors if tensor.is_floating_point()]
+        _sum_in_place(means)
+        for tensor in means:
+            tensor /= self.world
 
     def lead(self, work: Callable[[], None]) -> None:
-        """Done by one rank while the others wait. Where it fails, all ranks leave with an error."""
+        """Done by one rank while the others wait.
+
+        Where it fails, all ranks leave: the first with its error, the others without a word more,
+        with the same exit code.
+        """
         fault: IsthmusError | OSError | None = None
         if self.leads:
             try:
                 work()
             except (IsthmusError, OSError) as error:
                 fault = error
-        if self.any(fault is not None):
-            raise fault or RetryLater("The first process could not write; its message says why.")
+        code = getattr(fault, "exit_code", 1) if fault else 0
+        (code,) = self.sum([code])
+        if code:
+            raise fault or SystemExit(int(code))
 
-    def shard(self, network: nn.Module) -> None:
-        """Spread the frozen blocks of a network over the ranks (FSDP2), what is trained on all.
+    def shard(self, network: PreTrainedModel) -> None:
+        """Spread the frozen weights of a network's blocks over the ranks (FSDP2).
 
-        Embedding, last norm and head stay whole: they are used outside the blocks.
+        What is trained stays whole on each rank, and so do embedding, last norm and head, which
+        are used outside the blocks. All ranks must then make the same passes.
         """
         if self.world == 1:
             raise IsthmusError(
                 "train.shard spreads the frozen LLM over several processes, and there is one. "
                 "Start them with torchrun --nproc-per-node, or leave train.shard out."
             )
-        for block in decoder_layers(network):
-            trained = {value for value in block.parameters() if value.requires_grad}
-            fully_shard(block, ignored_params=trained)
+        blocks = decoder_layers(network)
+        inside = [value for block in blocks for value in block.parameters()]
+        frozen = {value for value in inside if not value.requires_grad}
+        if not frozen:
+            raise IsthmusError(
+                "train.shard spreads what is frozen, and with llm.tune: full no weight of the LLM "
+                "is. Leave train.shard out, or set llm.tune to frozen or lora."
+            )
+        whole = set(network.parameters()) - frozen
+        # the last holds no weights itself: as the root it frees blocks in time, and fetches ahead
+        for module in (*blocks, network.base_model):
+            fully_shard(module, ignored_params=whole)
 
-    def close(self) -> None:
-        if self.world > 1 and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+
+def _own_gpu(count: int) -> torch.device:
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= count:
+        raise IsthmusError(
+            f"This machine has {count} GPUs, and process {local + 1} on it has none. Start "
+            f"torchrun with --nproc-per-node {count}."
+        )
+    return torch.device("cuda", local)
+
+
+def _sum_in_place(tensors: Sequence[Tensor]) -> None:
+    """Summed over the ranks, in one message a dtype."""
+    for dtype in dict.fromkeys(tensor.dtype for tensor in tensors):
+        alike = [tensor for tensor in tensors if tensor.dtype == dtype]
+        flat = torch.cat([tensor.flatten() for tensor in alike])
+        torch.distributed.all_reduce(flat)
+        parts = flat.split([tensor.numel() for tensor in alike])
+        for tensor, part in zip(alike, parts, strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+
+@contextmanager
+def _contact() -> Iterator[None]:
+    """RetryLater instead of the errors by which torch says that a process cannot be reached."""
+    try:
+        yield
+    except RuntimeError as error:
+        # gloo has no error class of its own
+        if not isinstance(error, DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).partition("\n")[0].rpartition("] ")[2]
+        raise RetryLater(
+            f"Another process of this run was killed, hangs, or cannot be reached: {reason} What "
+            "it said itself comes before this. Go on with --resume from the last checkpoint."
+        ) from error

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -98,17 +99,13 @@ class SpeechTask:
         cache = self.train.cache
         if cache is None:
             return self.module.encode(batch.waveforms, batch.num_samples)
-        frames = []
-        for row, (key, found) in enumerate(zip(batch.keys, batch.frames, strict=True)):
-            if found is None:
-                found = cache.get(key)  # another process may have been here meanwhile
-            if found is None:
-                # alone: what is kept must not depend on the neighbours, not in the last bit
-                length = batch.num_samples[row : row + 1]
-                (own,) = self.module.encode(batch.waveforms[row : row + 1, : int(length)], length)
-                found = cache.put(key, own)
-            frames.append(found.to(batch.waveforms.device))
-        return frames
+        rows = zip(batch.keys, batch.frames, batch.waveforms, batch.num_samples, strict=True)
+        return [
+            cache.frames(key, partial(self.module.encode_alone, waveform[:length]), found).to(
+                batch.waveforms.device
+            )
+            for key, found, waveform, length in rows
+        ]
 
 
 def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> list[str]:

@@ -1,0 +1,115 @@
+"""The yardstick of the benchmarks: a step of projector training as SLAM-LLM makes it.
+
+Random utterances, audio and prompt padded on the left, the answer on the right; the encoder runs in
+every step; logits, loss and accuracy at all positions. Those who know X-LANCE/SLAM-LLM will find
+its dataset's collator in `collate` and its model's forward in `loss`. One thing is kinder than
+there: no keys and values are kept for a later token.
+
+Shapes: B batch, S samples, A audio embeddings, L positions, E LLM width, V tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isthmus.model.encoder import SelfSupervisedEncoder
+from isthmus.model.llm import LLM
+from isthmus.model.parts import freeze
+from isthmus.model.projector import Projector
+from isthmus.model.prompt import Prompt, tokenise
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class SlamBatch:
+    """B utterances, padded."""
+
+    audio: Tensor  # (B, S)
+    audio_mask: Tensor  # (B, S) 1 where there is a sample
+    tokens: Tensor  # (B, L) 0 in the places of audio and of padding
+    attention_mask: Tensor  # (B, L)
+    modality_mask: Tensor  # (B, L) True in the places of audio
+    labels: Tensor  # (B, L) IGNORE without loss
+
+    def to(self, device: torch.device) -> "SlamBatch":
+        return SlamBatch(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+class SlamBaseline:
+    """Encoder and LLM frozen in their precision, the projector trained by AdamW."""
+
+    def __init__(
+        self, encoder: SelfSupervisedEncoder, projector: Projector, llm: LLM, prompt: Prompt
+    ):
+        freeze(encoder)
+        freeze(llm)
+        self.encoder, self.projector, self.llm, self.prompt = encoder, projector, llm, prompt
+        self.optimiser = torch.optim.AdamW(projector.parameters(), lr=1e-4, weight_decay=0.0)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=next(llm.parameters()).is_cuda)
+
+    def collate(self, waveforms: Sequence[np.ndarray], texts: Sequence[str]) -> SlamBatch:
+        """Waveforms (S,) with their transcripts to one batch."""
+        prompts, answers = [], []
+        for waveform, text in zip(waveforms, texts, strict=True):
+            pieces = tokenise(self.prompt, self.llm.tokenizer, text)
+            length = self.encoder.output_length(len(waveform))
+            audio = [None] * self.projector.output_length(length)
+            prompts.append([t for p in pieces if not p.loss for t in p.tokens or audio])
+            answers.append([t for p in pieces if p.loss for t in p.tokens or ()])
+        left, right = max(map(len, prompts)), max(map(len, answers))
+        tokens = torch.zeros(len(texts), left + right, dtype=torch.long)
+        mask, heard = torch.zeros_like(tokens), torch.zeros_like(tokens, dtype=torch.bool)
+        labels = torch.full_like(tokens, IGNORE)
+        for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            own = slice(left - len(prompt), left + len(answer))
+            tokens[row, own] = torch.tensor([*(token or 0 for token in prompt), *answer])
+            mask[row, own] = 1
+            heard[row, own] = torch.tensor([t is None for t in prompt] + [False] * len(answer))
+            labels[row, left : own.stop] = torch.tensor(answer)
+        samples = torch.zeros(len(texts), max(map(len, waveforms)))
+        samples_mask = torch.zeros(samples.shape, dtype=torch.long)
+        for row, waveform in enumerate(waveforms):
+            own_samples = torch.from_numpy(waveform)
+            samples[row, : len(waveform)] = nn.functional.layer_norm(own_samples, own_samples.shape)
+            samples_mask[row, : len(waveform)] = 1
+        return SlamBatch(samples, samples_mask, tokens, mask, heard, labels)
+
+    def loss(self, batch: SlamBatch) -> tuple[Tensor, Tensor]:
+        """Mean cross-entropy () of the answers in nats, and the accuracy ()."""
+        with torch.no_grad():
+            encoded = self.encoder.network(batch.audio, attention_mask=batch.audio_mask)
+        num_samples = batch.audio_mask.sum(dim=1).tolist()
+        num_frames = torch.tensor([self.encoder.output_length(n) for n in num_samples])
+        embedded, num_audio = self.projector(encoded.last_hidden_state, num_frames)
+        embeddings = self.llm.embed(batch.tokens)  # (B, L, E)
+        placed = torch.zeros_like(embeddings)
+        starts = batch.modality_mask.int().argmax(dim=1).tolist()
+        for row, (start, length) in enumerate(zip(starts, num_audio.tolist(), strict=True)):
+            placed[row, start : start + length] = embedded[row, :length].to(placed)
+        embeddings = placed + embeddings * ~batch.modality_mask[:, :, None]
+        output = self.llm.network(
+            inputs_embeds=embeddings,
+            attention_mask=batch.attention_mask,
+            labels=batch.labels,
+            use_cache=False,
+        )
+        predicted = output.logits.detach().argmax(dim=-1)[:, :-1]  # position n predicts n + 1
+        targets = batch.labels[:, 1:]
+        counted = targets != IGNORE
+        accuracy = ((predicted == targets) & counted).sum() / counted.sum()
+        return output.loss, accuracy
+
+    def step(self, batch: SlamBatch) -> tuple[float, float]:
+        """One optimiser step; loss and accuracy before it. On a GPU under float16 autocast."""
+        device = next(self.projector.parameters()).device
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
+            loss, accuracy = self.loss(batch.to(device))
+        self.scaler.scale(loss).backward()
+        self.scaler.step(self.optimiser)
+        self.scaler.update()
+        return float(loss.detach()), float(accuracy)
