@@ -1,6 +1,7 @@
 # make quickstart   set up .venv and train, decode and score the tiny recipe
 # make test         all tests               make check   style, types, layers, README commands
 # make bench        what we claim about speed            make clean   remove .venv and caches
+# make torture      every kill, full disk and fault, not only a sample: takes most of an hour
 #
 # PYTHON  the Python that makes the environment, 3.11 or later
 # VENV    where the environment is
@@ -15,7 +16,7 @@ PIN := $(shell sed -n 's/^torch==//p' constraints.txt)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: quickstart test check bench clean install
+.PHONY: quickstart test torture check bench clean install
 .DELETE_ON_ERROR:
 
 quickstart: $(STAMP)
@@ -23,6 +24,9 @@ quickstart: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/pytest -n 2 $(TEST_ARGS)
+
+torture: $(STAMP)
+	ISTHMUS_TORTURE=1 $(BIN)/pytest tests/torture $(TEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,6 +1,7 @@
 """What is shown of training: the lines of a log, the bar of a terminal, TensorBoard's curves."""
 
 import io
+import json
 import logging
 import math
 import re
@@ -217,6 +218,14 @@ def test_the_metrics_of_a_training_have_these_names(accumulator: Any, tmp_path: 
         pretrain_lm(recipe, tmp_path / "run", on_step=both)
     assert "step 2/2 | loss" in stream.getvalue()
     assert "tokens/s" in stream.getvalue()
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.+?) \|", page.partition("| Field |")[2], re.M)
+    documented = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
+    written = {name for line in lines for name in json.loads(line)}
+    assert written - documented == set()
+    assert documented - written <= {"padding", "tflops", "mfu", "rejected", "skipped"}
+    assert CURVES.keys() - documented == {"audio_speed"}
     wanted = {"loss", "dev_loss", "accuracy", "dev_accuracy", "learning_rate", "gradient_norm"}
     assert {CURVES[name] for name in wanted | {"memory_gb"}} <= curves(
         accumulator, tmp_path / "board"

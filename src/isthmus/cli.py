@@ -54,6 +54,9 @@ AllowChange = Annotated[
         help="With --resume: let this setting differ, or data, code, or a package's version.",
     ),
 ]
+Curves = Annotated[
+    bool, typer.Option("--tensorboard", help="Also draw TensorBoard curves in the run folder.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
 RunFolder = Annotated[
     Path | None, typer.Option("--output-dir", "-o", help="Run folder; runs/<name> unless given.")
@@ -115,9 +118,10 @@ def _training_verb(
         resume: Resume = False,
         overwrite: Overwrite = False,
         allow_change: AllowChange = None,
+        tensorboard: Curves = False,
         as_json: Json = False,
     ) -> None:
-        from isthmus.display import training_display
+        from isthmus.display import training_observer
         from isthmus.recipe import load_recipe
         from isthmus.training.parallel import leading
         from isthmus.training.runs import Opening
@@ -126,8 +130,9 @@ def _training_verb(
         chosen = load_recipe(recipe, overrides or [], kind=kind)
         folder = output_dir or Path("runs") / chosen.name
         opening = Opening(resume, overwrite, allow_change or ())
-        with training_display(chosen.train.steps) as display:
-            end = job(chosen, folder, opening, on_step=display)
+        curves = folder / "tensorboard" if tensorboard else None
+        with training_observer(chosen.train.steps, curves) as observe:
+            end = job(chosen, folder, opening, on_step=observe)
         if not leading():
             return
         if as_json:
@@ -175,11 +180,14 @@ def cache(
     """Compute the encoder's frames of a recipe's utterances once, and keep them on disk."""
     from isthmus.display import counting
     from isthmus.recipe import load_recipe
+    from isthmus.training.parallel import leading
     from isthmus.training.runs import cache_features
 
     chosen = load_recipe(recipe, overrides or [])
     with counting("utterances") as on_utterance:
         found = cache_features(chosen, on_utterance, only_verify=verify)
+    if not leading():
+        return
     if as_json:
         _print_json(asdict(found))
     else:

@@ -4,7 +4,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -87,8 +87,8 @@ class TrainingDisplay:
 def _mean(steps: Iterable[Metrics], key: str, weight: str | None = None) -> float:
     """Mean of a figure over the steps that have it; not a number where none has."""
     pairs = [(step[key], step.get(weight, 0) if weight else 1) for step in steps if key in step]
-    total = sum(weight for _, weight in pairs)
-    return sum(value * weight for value, weight in pairs) / total if total else math.nan
+    total = sum(share for _, share in pairs)
+    return sum(value * share for value, share in pairs) / total if total else math.nan
 
 
 @contextmanager
@@ -105,6 +105,22 @@ def training_display(total: int, console: Console | None = None) -> Iterator[Tra
     )
     with Progress(*columns, console=console, expand=True) as bar:
         yield TrainingDisplay(console, bar, total)
+
+
+@contextmanager
+def training_observer(
+    total: int, curves: Path | None = None
+) -> Iterator[Callable[[Metrics], None]]:
+    """Shows the metrics of training steps, and draws them for TensorBoard in folder `curves`."""
+    board = TensorBoard(curves) if curves else None
+    with training_display(total) as display, board or nullcontext():
+
+        def observe(metrics: Metrics) -> None:
+            display(metrics)
+            if board is not None:
+                board(metrics)
+
+        yield observe
 
 
 CURVES = {  # their names in TensorBoard, where what stands before the stroke makes a group

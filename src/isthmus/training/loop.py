@@ -24,6 +24,7 @@ from isthmus.files import remove_folder, write_atomic
 from isthmus.recipe import LoopSettings
 from isthmus.training import checkpoint
 from isthmus.training.checkpoint import Progress
+from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
 from isthmus.training.stream import Item, Loader, dev_orders, load_ahead, orders, take
 
@@ -239,16 +240,25 @@ def _step(run: _Run, items: Iterator[Item], count: int) -> dict[str, Any]:
         "gradient_norm": norm,
         "units": int(sums["units"]),
         "audio_seconds": sums["seconds"],
-        "padding": sums["padding"] / max(1.0, sums["positions"]),
         "step_seconds": seconds,
-        "tflops": sums["flops"] / seconds / 1e12,
         "memory_gb": peak_memory(ranks.device) / 1e9,
-    }
+    } | _work(sums, seconds, ranks)
     if sums["rejected"]:
         metrics["rejected"] = ranks.gather([line for loss in counted for line in loss.rejected])
     if not finite:
         metrics["skipped"] = _not_finite(run, own, losses)
     return metrics
+
+
+def _work(sums: Mapping[str, float], seconds: float, ranks: Ranks) -> dict[str, float]:
+    """Padding, speed and utilisation of the GPUs, where the task counts them."""
+    found = {"padding": sums["padding"] / sums["positions"]} if sums["positions"] else {}
+    if sums["flops"]:
+        found["tflops"] = sums["flops"] / seconds / 1e12
+        peak = peak_flops(ranks.device)
+        if peak is not None:
+            found["mfu"] = sums["flops"] / seconds / (peak * ranks.world)
+    return found
 
 
 def _backward(run: _Run, item: Item) -> Loss:
@@ -434,6 +444,12 @@ def _start(run: _Run, resume: bool) -> None:
         return
     run.ranks.lead(lambda: _clear_unsound(run.folder))
     newest, _ = checkpoint.newest_checkpoint(run.folder / CHECKPOINTS)
+    seen = sorted(set(run.ranks.gather([newest.name if newest else "none"])))
+    if len(seen) > 1:
+        raise IsthmusError(
+            f"{run.folder}: its processes see different checkpoints, {', '.join(seen)}. Put the "
+            "run folder on a file system that all machines share."
+        )
     if newest is None:
         log.info("%s has no checkpoint yet: it starts at step 1.", run.folder)
         return

@@ -64,10 +64,11 @@ class Ranks:
         """Raises RetryLater where `error` is that another process is gone."""
         if self.world == 1:
             return
-        if isinstance(error, Exception):  # the others may wait elsewhere: no farewell
-            with _contact():
-                raise error
-        torch.distributed.destroy_process_group()
+        if error is None or isinstance(error, SystemExit):
+            torch.distributed.destroy_process_group()
+            return
+        with _contact():  # no farewell: the others may wait elsewhere
+            raise error
 
     @property
     def leads(self) -> bool:
@@ -150,6 +151,11 @@ class Ranks:
                 "train.shard spreads what is frozen, and with llm.tune: full no weight of the LLM "
                 "is. Leave train.shard out, or set llm.tune to frozen or lora."
             )
+        if others := {type(value).__name__ for value in frozen} - {"Parameter"}:
+            raise IsthmusError(
+                f"train.shard cannot spread weights of type {', '.join(sorted(others))}. Leave it "
+                "out, or choose another llm.quantise."
+            )
         whole = set(network.parameters()) - frozen
         # the last holds no weights itself: as the root it frees blocks in time, and fetches ahead
         for module in (*blocks, network.base_model):
@@ -186,8 +192,9 @@ def _contact() -> Iterator[None]:
         # gloo has no error class of its own
         if not isinstance(error, DistError) and "gloo" not in str(error):
             raise
-        reason = str(error).partition("\n")[0].rpartition("] ")[2]
+        line = str(error).partition("\n")[0].partition(". ")[0]
+        reason = line.partition("] ")[2] or line  # without the place in the source
         raise RetryLater(
-            f"Another process of this run was killed, hangs, or cannot be reached: {reason} What "
-            "it said itself comes before this. Go on with --resume from the last checkpoint."
+            f"Another process of this run was killed, hangs, or cannot be reached ({reason}). Go "
+            "on with --resume from the last checkpoint."
         ) from error

@@ -125,9 +125,6 @@ def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> li
     if settings.checkpointing:
         checkpoint_layers(model.llm.network)
         lines.append("activations: of block borders only, the others are computed twice")
-    if settings.shard:
-        ranks.shard(model.llm.network)
-        lines.append(f"LLM: its frozen blocks are spread over {ranks.world} processes (FSDP2)")
     return lines
 
 

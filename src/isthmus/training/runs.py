@@ -47,7 +47,8 @@ PARTS = "parts.json"
 DATA = "data.json"
 ENVIRONMENT = "environment.json"
 MODEL = "model"
-WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, METRICS, BEST, CHECKPOINTS, MODEL}
+TENSORBOARD = "tensorboard"
+WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, METRICS, BEST, CHECKPOINTS, MODEL, TENSORBOARD}
 log = logging.getLogger(__name__)
 
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
@@ -231,11 +232,14 @@ def train(
 
     Nothing is written before the models and the data are loaded.
     """
-    ranks = Ranks()
-    with RunFolder(recipe, folder, opening, ranks) as run:
+    with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         pinned = _as_recorded(recipe, folder) if run.resumed else recipe
-        model = pinned.build().to(ranks.device)
+        model = pinned.build()
+        if recipe.train.shard:  # before it goes to the GPU, where it need not fit whole
+            log.info("LLM: its frozen blocks are spread over %d processes (FSDP2)", ranks.world)
+            ranks.shard(model.llm.network)
+        model.to(ranks.device)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
@@ -255,17 +259,18 @@ def cache_features(
         raise IsthmusError(
             "data.feature_cache is none. Choose a precision: add data.feature_cache=bfloat16."
         )
-    ranks = Ranks()
-    model = recipe.build().to(ranks.device)
-    cache = feature_cache(recipe, model, strict=True)
-    if cache is None:
-        raise IsthmusError("This recipe has no frames that could be kept; the log says why.")
-    with contextlib.closing(cache):
-        if not only_verify:
-            task = SpeechTask(model, *speech_data(recipe, model), recipe)
-            task.use_cache(cache)
-            task.fill_cache(ranks, on_utterance)
-        return cache.verify()
+    with Ranks() as ranks:
+        model = recipe.build().to(ranks.device)
+        cache = feature_cache(recipe, model, strict=True)
+        if cache is None:
+            raise IsthmusError("This recipe has no frames that could be kept; the log says why.")
+        with contextlib.closing(cache):
+            if not only_verify:
+                task = SpeechTask(model, *speech_data(recipe, model), recipe)
+                task.use_cache(cache)
+                task.fill_cache(ranks, on_utterance)
+            ranks.any(False)  # until all have written
+            return cache.verify()
 
 
 def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
@@ -325,8 +330,7 @@ def pretrain_ctc(
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a Conformer with CTC; `folder`/model is the encoder to name in a recipe."""
-    ranks = Ranks()
-    with RunFolder(recipe, folder, opening, ranks) as run:
+    with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         model = recipe.build().to(ranks.device)
         train_data, dev = speech_data(recipe, model)
@@ -346,8 +350,7 @@ def pretrain_lm(
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:
     """Train a small language model; `folder`/model is the LLM to name in a recipe."""
-    ranks = Ranks()
-    with RunFolder(recipe, folder, opening, ranks) as run:
+    with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         llm = recipe.build().to(ranks.device)
         run.begin()
