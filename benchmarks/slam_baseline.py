@@ -2,7 +2,7 @@
 
 Random utterances, audio and prompt padded on the left, the answer on the right; the encoder runs in
 every step; logits, loss and accuracy at all positions. Those who know X-LANCE/SLAM-LLM will find
-its dataset's collator in `collate` and its model's forward in `loss`. One thing is kinder than
+its dataset's collator in `collate` and its model's forward in `forward`. One thing is kinder than
 there: no keys and values are kept for a later token.
 
 Shapes: B batch, S samples, A audio embeddings, L positions, E LLM width, V tokens.
@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from isthmus.model.encoder import SelfSupervisedEncoder
 from isthmus.model.llm import LLM
@@ -78,8 +79,8 @@ class SlamBaseline:
             samples_mask[row, : len(waveform)] = 1
         return SlamBatch(samples, samples_mask, tokens, mask, heard, labels)
 
-    def loss(self, batch: SlamBatch) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy () of the answers in nats, and the accuracy ()."""
+    def forward(self, batch: SlamBatch) -> tuple[CausalLMOutputWithPast, Tensor]:
+        """Logits (B, L, V) with the mean cross-entropy () of the answers in nats; accuracy ()."""
         with torch.no_grad():
             encoded = self.encoder.network(batch.audio, attention_mask=batch.audio_mask)
         num_samples = batch.audio_mask.sum(dim=1).tolist()
@@ -91,25 +92,28 @@ class SlamBaseline:
         for row, (start, length) in enumerate(zip(starts, num_audio.tolist(), strict=True)):
             placed[row, start : start + length] = embedded[row, :length].to(placed)
         embeddings = placed + embeddings * ~batch.modality_mask[:, :, None]
-        output = self.llm.network(
+        output: CausalLMOutputWithPast = self.llm.network(
             inputs_embeds=embeddings,
             attention_mask=batch.attention_mask,
             labels=batch.labels,
             use_cache=False,
         )
+        assert output.logits is not None
         predicted = output.logits.detach().argmax(dim=-1)[:, :-1]  # position n predicts n + 1
         targets = batch.labels[:, 1:]
         counted = targets != IGNORE
         accuracy = ((predicted == targets) & counted).sum() / counted.sum()
-        return output.loss, accuracy
+        return output, accuracy
 
     def step(self, batch: SlamBatch) -> tuple[float, float]:
         """One optimiser step; loss and accuracy before it. On a GPU under float16 autocast."""
         device = next(self.projector.parameters()).device
         self.optimiser.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.float16, enabled=device.type == "cuda"):
-            loss, accuracy = self.loss(batch.to(device))
-        self.scaler.scale(loss).backward()
+            # as there, the logits are held until the step is done
+            output, accuracy = self.forward(batch.to(device))
+        assert output.loss is not None
+        self.scaler.scale(output.loss).backward()
         self.scaler.step(self.optimiser)
         self.scaler.update()
-        return float(loss.detach()), float(accuracy)
+        return float(output.loss.detach()), float(accuracy)

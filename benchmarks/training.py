@@ -46,7 +46,7 @@ from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import Group, transcript
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import CACHE_VARIABLE
-from isthmus.training.loop import fit
+from isthmus.training.loop import METRICS, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, prepare
 
@@ -56,7 +56,7 @@ DURATIONS = (
     (1.4, 3.4, 5.4, 11.0, 13.8, 15.2, 16.4, 17.5, 24.5),
 )
 TOKENS_PER_SECOND = (3.45, 0.5)  # of transcripts, mean and deviation
-WORDS = 31_995  # of the tokenizer, each a token
+WORDS = 31_996  # of the tokenizer, each a token
 
 
 @dataclass(frozen=True)
@@ -78,8 +78,8 @@ class Sizes:
     feed_forward: int = 2048
     encoder_hidden: int = 384
     encoder_layers: int = 6
-    encoder_feed_forward: int = 1792
-    convolutions: int = 256  # channels of the encoder's front end
+    encoder_feed_forward: int = 1936
+    convolutions: int = 160  # channels of the encoder's front end
     vocabulary: int = 32_000
     projector_hidden: int = 2048
     utterances: int = 48
@@ -88,7 +88,7 @@ class Sizes:
 
 
 CURVE = Sizes(128, 4, 344, 64, 2, 256, 32, 32_000, 256, 64, 8, 0.25)
-QUICK = Sizes(32, 2, 64, 16, 2, 32, 8, 32_000, 16, 16, 4, 0.1)
+QUICK = Sizes(32, 2, 64, 16, 2, 32, 8, 32_000, 16, 8, 4, 0.1)
 CURVE_STEPS = 200
 MEMORY_UTTERANCES, MEMORY_SECONDS, MEMORY_VOCABULARY = 12, 12.5, 128_000
 
@@ -288,7 +288,9 @@ def measure_memory(sizes: Sizes, folder: Path) -> list[Row]:
     found = {}
     for name in ("baseline", "fp32", "bf16"):
         command = [sys.executable, __file__, "--peak-of", name, "--folder", str(folder)]
-        ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        ran = subprocess.run(command, capture_output=True, text=True, check=False)
+        if ran.returncode:
+            sys.exit(ran.stderr)
         found[name] = json.loads(ran.stdout.splitlines()[-1])
     slow = found["baseline"]["bytes"]
     return [
@@ -311,14 +313,19 @@ def print_peak(name: str, folder: Path) -> None:
         recipe = recipe_of(folder, sizes, "bfloat16", precision="bfloat16")
     way = Slow(recipe) if name == "baseline" else Fast(recipe)
     (step,) = way.epoch(1)
+    print(json.dumps({"bytes": peak_bytes(step), "positions": way.positions}))
+
+
+def peak_bytes(step: Step) -> int:
+    """Most bytes that tensors hold during a step, above those before it."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()
     assert profile.profiler is not None
     events = profile.profiler.kineto_results.events()
     changes = [(event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"]
-    peak = max(accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))
-    print(json.dumps({"bytes": peak, "positions": way.positions}))
+    peak: int = max(accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))
+    return peak
 
 
 def measure_curve(sizes: Sizes, steps: int, folder: Path) -> list[Row]:
@@ -335,12 +342,15 @@ def measure_curve(sizes: Sizes, steps: int, folder: Path) -> list[Row]:
         task = SpeechTask(model, *speech_data(recipe, model), recipe)
         task.use_cache(feature_cache(recipe, model))
         prepare(model, recipe.train, Ranks())
-        losses: list[float] = []
         (folder / name).mkdir()
-        fit(task, recipe.train, folder / name, on_step=lambda m, to=losses: to.append(m["loss"]))
-        curves.append(losses)
+        fit(task, recipe.train, folder / name)
+        lines = (folder / name / METRICS).read_text().splitlines()
+        curves.append([json.loads(line)["loss"] for line in lines])
     worst = max(abs(fast - plain) / plain for fast, plain in zip(*curves, strict=True))
-    detail = f"{steps} steps, loss {curves[1][0]:.4f} to {curves[1][-1]:.4f}, {sizes}"
+    detail = (
+        f"{steps} steps of {sizes.batch_size} utterances, LLM of {sizes.layers} layers of "
+        f"{sizes.hidden}, loss {curves[1][0]:.4f} to {curves[1][-1]:.4f}"
+    )
     return [Row("loss curve, greatest relative difference", 1e-5, worst, detail)]
 
 

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoModelFor
 from isthmus.errors import IsthmusError
 from isthmus.model import layers as layers_module
 from isthmus.model import packing
-from isthmus.model.layers import checkpoint_layers, compile_layers, decoder_layers
+from isthmus.model.layers import checkpoint_layers, compile_layers, decoder_layers, recompute_gates
 from isthmus.model.llm import LLM, LoraSettings
 
 LoadLLM = Callable[..., LLM]
@@ -240,3 +240,52 @@ def test_compiled_layers_take_any_number_of_packed_utterances(
     finally:
         AttentionInterface.register(name, before)
     assert (graphs[0] == graphs[-1]) == opaque
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma2", "mistral"])
+def test_gates_are_made_again_instead_of_kept(kind: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind,
+        hidden_size=16,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        vocab_size=20,
+    )
+    network = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    embeddings = torch.randn(1, 30, 16, requires_grad=True)
+
+    def loss_and_memory() -> tuple[Tensor, Tensor, int]:
+        kept: dict[int, int] = {}
+
+        def pack(value: Tensor) -> Tensor:
+            kept[value.untyped_storage().data_ptr()] = value.nbytes
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+            loss = network.base_model(inputs_embeds=embeddings).last_hidden_state.square().sum()
+        return loss, torch.autograd.grad(loss, embeddings)[0], sum(kept.values())
+
+    before = loss_and_memory()
+    assert recompute_gates(network) == 2
+    after = loss_and_memory()
+    assert torch.equal(before[0], after[0])
+    assert torch.equal(before[1], after[1])
+    assert before[2] - after[2] >= 2 * 30 * 96 * 4 * 0.9  # a wide tensor a layer
+
+
+def test_a_gated_layer_that_does_more_is_left_alone() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj = nn.Linear(4, 8), nn.Linear(4, 8)
+            self.down_proj, self.act_fn = nn.Linear(8, 4), nn.SiLU()
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            inner = self.act_fn(self.gate_proj(hidden) * 0.5) * self.up_proj(hidden)
+            return self.down_proj(inner)
+
+    assert recompute_gates(nn.Sequential(Scaled())) == 0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CHUNK_BYTES = 64 * 2**20  # logits at a time, counted in float32
+CHUNK_BYTES = 32 * 2**20  # logits at a time, counted in float32
 
 
 class Head(Protocol):

@@ -1,9 +1,11 @@
 """The training loop: one for the projector, the CTC encoder and the language model alike."""
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import resource
 import signal
 import sys
@@ -155,7 +157,7 @@ def fit(
     loading = contextlib.closing(load_ahead(task, orders(plan, *place), run.workers))
     with _metrics_lines(run) as write, _signals(run.signals), loading as items:
         _dev_loss(run, first=2)  # a broken validation fails now, not in an hour
-        while progress.step < settings.steps and progress.stale < settings.patience:
+        while progress.pending is not None or _goes_on(run):
             if progress.pending is None:
                 if progress.position >= len(plan(progress.epoch)):
                     progress.epoch, progress.position, progress.rejected = progress.epoch + 1, 0, 0
@@ -184,6 +186,11 @@ def fit(
     if progress.best_loss is None:
         run.ranks.lead(lambda: checkpoint.save_checkpoint(folder / BEST, task.state(), progress))
     return progress
+
+
+def _goes_on(run: _Run) -> bool:
+    progress, settings = run.progress, run.settings
+    return progress.step < settings.steps and progress.stale < settings.patience
 
 
 def _optimiser(task: Task, settings: LoopSettings) -> torch.optim.Optimizer:
@@ -300,15 +307,16 @@ def _check_plan(run: _Run, batches: Sequence[Any]) -> None:
 def _check_budgets(run: _Run, metrics: Mapping[str, Any], batches: Sequence[Any]) -> None:
     """Raise IsthmusError when too many steps were not finite, or too many recordings are bad."""
     progress = run.progress
-    for line in metrics.get("rejected", ()):
+    rejected = metrics.get("rejected", ())
+    for line in rejected:
         log.warning("step %d: left out: %s", progress.step, line)
-    progress.rejected += len(metrics.get("rejected", ()))
+    progress.rejected += len(rejected)
     utterances = sum(len(batch) for batch in batches)
     if progress.rejected > run.task.bad_fraction * utterances:
         raise IsthmusError(
             f"{progress.rejected} of the epoch's {utterances} utterances could not be loaded, more "
-            f"than data.max_bad_fraction ({run.task.bad_fraction:.1%}) allows. The last: "
-            f"{metrics['rejected'][-1]} `isthmus check` lists them all."
+            f"than data.max_bad_fraction ({run.task.bad_fraction:.1%}) allows. The log names them, "
+            "and `isthmus check` does."
         )
     if "skipped" not in metrics:
         progress.not_finite_in_a_row = 0
@@ -335,8 +343,10 @@ def _metrics_lines(run: _Run) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     with path.open("ab", buffering=0) as lines:
 
         def write(metrics: Mapping[str, Any]) -> None:
+            line = (json.dumps(metrics) + "\n").encode()
             try:
-                lines.write((json.dumps(metrics) + "\n").encode())
+                if lines.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             except OSError as error:
                 raise RetryLater(
                     f"{path} cannot be written ({error.strerror}). Make room, then go on with "
@@ -428,6 +438,8 @@ def _save(run: _Run) -> None:
     task = run.task
 
     def write() -> None:
+        with (run.folder / METRICS).open("rb") as lines:
+            os.fsync(lines.fileno())  # a checkpoint must not know more steps than the log
         tensors = checkpoint.optimiser_state(run.optimiser, task.trainable())
         checkpoint.save_checkpoint(target, task.state(), run.progress, tensors)
         checkpoint.retire(run.folder / CHECKPOINTS, run.settings.keep)

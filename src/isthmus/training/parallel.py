@@ -121,16 +121,22 @@ class Ranks:
         Where it fails, all ranks leave: the first with its error, the others without a word more,
         with the same exit code.
         """
-        fault: IsthmusError | OSError | None = None
+        fault: IsthmusError | None = None
         if self.leads:
             try:
                 work()
-            except (IsthmusError, OSError) as error:
+            except IsthmusError as error:
                 fault = error
-        code = getattr(fault, "exit_code", 1) if fault else 0
-        (code,) = self.sum([code])
-        if code:
-            raise fault or SystemExit(int(code))
+            except OSError as error:
+                where = error.filename or "A file of the run"
+                fault = RetryLater(
+                    f"{where} cannot be written: {error.strerror}. Mend that, then give the same "
+                    "command again."
+                )
+        code = fault.exit_code if fault else 0
+        (worst,) = self.sum([code])
+        if worst:
+            raise fault or SystemExit(int(worst))
 
     def shard(self, network: PreTrainedModel) -> None:
         """Spread the frozen weights of a network's blocks over the ranks (FSDP2).

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from isthmus.model.layers import checkpoint_layers, compile_layers
+from isthmus.model.layers import checkpoint_layers, compile_layers, recompute_gates
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, SpeechTrainSettings
 from isthmus.training.batches import Batch, Group, SpeechData
@@ -112,6 +112,7 @@ def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> li
     """Make the model ready to be trained fast; the decisions, each with its reason."""
     model.eval()
     lines = []
+    recompute_gates(model.llm.network)
     if settings.packing:
         half = settings.precision == "bfloat16"
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):

@@ -17,7 +17,7 @@ from typing import Any, Self
 
 import torch
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, recover_folder, write_atomic, write_folder
 from isthmus.model.llm import save_llm
 from isthmus.model.parts import choose_device
@@ -156,16 +156,21 @@ class RunFolder:
     def _begin(self, data: Mapping[str, str] | None) -> None:
         if self._lock is None:
             self._lock = FolderLock(self.folder).__enter__()
-            self._check()  # another process may have begun meanwhile
+            self._check()
+            if (self.folder / RECIPE).exists() and not self.opening.overwrite:
+                raise RetryLater(f"Another process has begun a run in {self.folder} meanwhile.")
         if self.resumed:
             before = read_json(self.folder / DATA) if data is not None else {}
             if data is not None and before != data:
                 self._refuse({"data": (before, data)})
         else:
-            for path in sorted(self.folder.glob("*")):
-                if path.is_dir() and _is_written(path.name):
+            found = [path for path in self.folder.iterdir() if _is_written(path.name)]
+            # last those two that make it a run: until then the same command may overwrite it
+            last = {RECIPE: 1, ENVIRONMENT: 2}
+            for path in sorted(found, key=lambda path: last.get(path.name, 0)):
+                if path.is_dir():
                     shutil.rmtree(path)
-                elif _is_written(path.name):
+                else:
                     path.unlink()
             sources = {name: part.to_dict() for name, part in self.recipe.sources().items()}
             _write_json(self.folder / PARTS, sources)
@@ -177,7 +182,7 @@ class RunFolder:
 
 def _is_written(name: str) -> bool:
     """Whether a run writes this, or leaves it when it is killed in writing."""
-    halfway = re.fullmatch(r"\.(.+)\.(partial|replaced)", name)
+    halfway = re.fullmatch(r"\.(.+)\.(partial|replaced|removed)", name)
     return (halfway[1] if halfway else name) in WRITTEN
 
 

@@ -5,6 +5,7 @@ Which batch comes when is a pure function of (plan, position, ranks): nothing is
 
 import itertools
 import signal
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,6 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
+
+from isthmus.errors import RetryLater
 
 Plan = Callable[[int], Sequence[Any]]  # epoch -> its batches
 
@@ -80,7 +83,7 @@ def load_ahead(
     if workers == 0:
         yield from map(_Loads(loader).__getitem__, wanted)
         return
-    yield from DataLoader(
+    batches = DataLoader(
         _Loads(loader),
         sampler=wanted,  # an endless one is as good
         batch_size=None,
@@ -90,6 +93,20 @@ def load_ahead(
         generator=torch.Generator(),  # else it draws a number from the generator of the training
         multiprocessing_context="fork",
     )
+    try:
+        items = iter(batches)
+        if threading.current_thread() is threading.main_thread():
+            # torch's handler would raise wherever the trainer is when a worker dies, even in a
+            # save; waiting for the next batch it finds out anyway
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        yield from items
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+            raise
+        raise RetryLater(
+            f"A worker that loads audio is gone ({str(error).partition('.')[0]}). Was memory "
+            "short? --resume goes on from the last checkpoint; train.workers sets their number."
+        ) from error
 
 
 class _Loads(Dataset[Item]):

@@ -1,0 +1,131 @@
+"""The benchmarks run, at tiny sizes, and compare what is the same; no speed is asserted."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """benchmarks/training.py, imported as the script finds its neighbours."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = importlib.import_module("training")
+    monkeypatch.setenv(module.CACHE_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setattr(module, "WORDS", 500)
+    return module
+
+
+@pytest.fixture
+def folder(training: ModuleType, tmp_path: Path) -> Path:
+    """Tiny models, and four utterances of unlike lengths."""
+    training.write_models(training.QUICK, tmp_path)
+    training.write_speech([0.6, 1.1, 2.3, 1.7], np.random.default_rng(0), tmp_path)
+    return tmp_path
+
+
+def test_time_and_padding_are_measured(training: ModuleType, tmp_path: Path) -> None:
+    rows = training.measure_time(training.QUICK, 1, tmp_path)
+    assert [row.floor for row in rows] == [0.55, 0.25, 0.01]
+    assert all(row.measured > 0 for row in rows[:2])
+    assert rows[2].measured == 0  # packed: no padding at all
+
+
+def test_both_sides_do_the_same_work(training: ModuleType, folder: Path) -> None:
+    """The same mean loss of the same batch, before and after a step."""
+    recipe = training.recipe_of(folder, training.QUICK, "float32")
+    slow, fast = training.Slow(recipe), training.Fast(recipe)
+    losses: list[list[float]] = []
+    for way in (slow, fast):
+        losses.append([step() for number in (1, 2) for step in way.epoch(number)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert losses[0][0] != losses[0][1]
+    assert slow.padding > 0
+
+
+def test_the_padding_of_the_baseline_is_two_sided(training: ModuleType, folder: Path) -> None:
+    slow = training.Slow(training.recipe_of(folder, training.QUICK, "float32"))
+    waveforms = [np.zeros(16_000, np.float32), np.zeros(32_000, np.float32)]
+    words = [training.word(1), training.word(2)]
+    batch = slow.trainer.collate(waveforms, [" ".join(words), words[0]])
+    (first, second), left = batch.attention_mask.tolist(), 10  # embeddings the first lacks
+    assert first == [0] * left + [1] * (len(first) - left)
+    assert second == [1] * (len(second) - 1) + [0]
+    assert [(row >= 0).sum().item() for row in batch.labels] == [3, 2]  # and the end token
+    assert batch.modality_mask.sum(dim=1).tolist() == [9, 19]
+
+
+def test_a_wrong_mask_would_be_seen(training: ModuleType, folder: Path) -> None:
+    """The comparison of losses notices a baseline that attends to its padding."""
+    recipe = training.recipe_of(folder, training.QUICK, "float32")
+    slow, fast = training.Slow(recipe), training.Fast(recipe)
+    collate = slow.trainer.collate
+
+    def careless(*arguments: Any) -> Any:
+        batch = collate(*arguments)
+        batch.attention_mask.fill_(1)
+        return batch
+
+    slow.trainer.collate = careless
+    (one,), (other,) = slow.epoch(1), fast.epoch(1)
+    assert one() != pytest.approx(other(), rel=1e-5)
+
+
+def test_the_peak_of_memory_is_that_of_the_tensors(
+    training: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def step() -> float:
+        first = torch.zeros(1000, 1000)
+        del first
+        return float(torch.zeros(500, 1000).sum())
+
+    assert 4_000_000 <= training.peak_bytes(step) < 4_010_000
+    training.print_peak("fp32", folder)
+    assert json.loads(capsys.readouterr().out)["bytes"] > 1_000_000
+
+
+def test_the_loss_curves_are_equal(training: ModuleType, tmp_path: Path) -> None:
+    (row,) = training.measure_curve(training.QUICK, 3, tmp_path)
+    assert row.measured <= row.floor
+
+
+def test_durations_are_those_of_librispeech(training: ModuleType) -> None:
+    drawn = training.durations(5000, np.random.default_rng(0))
+    assert 12.1 < np.mean(drawn) < 12.7
+    assert max(drawn) < 25
+
+
+def test_full_size_runs_tiny(
+    training: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    full_size = importlib.import_module("full_size")
+    output = tmp_path / "result.json"
+    options = {"sizes": "tiny", "device": "cpu", "tokens": 200, "steps": 1, "output": output}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["full_size.py", *given])
+    full_size.main()
+    result = json.loads(output.read_text())
+    assert len(result["ways"]) == 5
+    assert all(way["audio_seconds_per_second"] > 0 for way in result["ways"])
+    assert result["mfu"]["measured"] is None  # the peak of a CPU is not known
+    assert "| frames cached, checkpointing |" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_full_size_says_that_it_needs_a_gpu(
+    training: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["full_size.py"])
+    importlib.import_module("full_size").main()
+    assert capsys.readouterr().out == "skipped: needs a CUDA GPU\n"
