@@ -164,7 +164,6 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
         (["synth", "out", "--text", "latin.txt"], "latin.txt: not UTF-8"),
         (["synth", "out", "--domains", "digitz=1"], "Did you mean 'digit"),
         (["quickstart", "nowhere.wav", "-o", "out"], "nowhere.wav"),
-        (["quickstart", "long.wav", "-o", "out"], "long.wav (60.0 s) is too long"),
     ],
 )
 def test_what_is_wrong_is_one_clear_error(

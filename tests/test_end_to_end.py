@@ -44,7 +44,7 @@ def recipe(tmp_path: Path, speech: Path, model_folder: Callable[[str], Path]) ->
         "llm": {"path": str(model_folder("llama"))},
         "data": {"train": [str(speech)], "dev": [str(speech)]},
         "train": {"steps": 4, "batch_size": 2, "eval_every": 2, "save_every": 1, "warmup_steps": 1},
-        "decode": {"tokens_per_second": 5, "extra_tokens": 5, "batch_size": 3},
+        "decode": {"tokens_per_second": 5, "extra_tokens": 5, "batch_size": 3, "gate": "none"},
     }
     file = tmp_path / "recipe.yaml"
     file.write_text(yaml.safe_dump(values))

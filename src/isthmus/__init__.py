@@ -11,7 +11,8 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from isthmus.decoding.transcriber import Transcriber, Transcript, load
+    from isthmus.decoding.transcriber import Transcriber, load
+    from isthmus.decoding.transcript import Transcript
     from isthmus.errors import IsthmusError
     from isthmus.recipe import Recipe, load_recipe
 
@@ -30,7 +31,7 @@ _HOMES = {
     "IsthmusError": "isthmus.errors",
     "Recipe": "isthmus.recipe",
     "Transcriber": "isthmus.decoding.transcriber",
-    "Transcript": "isthmus.decoding.transcriber",
+    "Transcript": "isthmus.decoding.transcript",
     "load": "isthmus.decoding.transcriber",
     "load_recipe": "isthmus.recipe",
 }

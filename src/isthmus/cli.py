@@ -4,7 +4,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
 import typer
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.options import takes
 
 if TYPE_CHECKING:
     from isthmus.recipe import AnyRecipe, CTCRecipe, Experiment, LanguageRecipe, Recipe
@@ -196,35 +197,115 @@ def cache(
         )
 
 
-@app.command()
-def transcribe(
-    audio: Annotated[
-        list[str], typer.Argument(help="Recordings, in any format soundfile or PyAV reads.")
-    ],
-    model: Model = "default",
-    beam_size: Beam = None,
-    batch_size: BatchSize = None,
-    as_json: Json = False,
-) -> None:
-    """Write what is said in recordings."""
-    from isthmus.decoding.transcriber import load
+def _limit(flag: str, text: str) -> Any:
+    """An option of a positive number, its name written as whisper writes it, or with hyphens."""
+    return typer.Option(f"--{flag}", f"--{flag.replace('-', '_')}", min=1, help=text)
 
-    transcriber = load(model, beam_size=beam_size, batch_size=batch_size)
-    found = {result.index: result.found for result in transcriber.results(audio)}
-    files: list[dict[str, Any]] = []
-    for index, name in enumerate(audio):
-        heard = found[index]
-        if isinstance(heard, IsthmusError):
-            typer.echo(f"error: {heard}", err=True)
-            files.append({"file": name, "error": str(heard)})
-        else:
-            files.append({"file": name, **asdict(heard)})
-    if as_json:
-        _print_json({"files": files})
-    for file in files if not as_json else ():
-        if "text" in file:
-            typer.echo(f"{file['file']}: {file['text']}" if len(audio) > 1 else file["text"])
-    if any("error" in file for file in files):
+
+@dataclass(frozen=True)
+class TranscribeOptions:
+    """What `isthmus transcribe` takes."""
+
+    audio: Annotated[
+        list[str],
+        typer.Argument(help="Recordings of any length and format; - for standard input."),
+    ]
+    model: Model = "default"
+    output_dir: Annotated[
+        Path | None,
+        typer.Option("--output-dir", "--output_dir", "-o", help="Write files here, not the text."),
+    ] = None
+    output_format: Annotated[
+        str,
+        typer.Option(
+            "--output-format", "--output_format", "-f", help="txt, srt, vtt, tsv, json or all."
+        ),
+    ] = "all"
+    word_timestamps: Annotated[
+        bool,
+        typer.Option("--word-timestamps/--no-word-timestamps", help="When each word was said."),
+    ] = False
+    align_model: Annotated[
+        str | None,
+        typer.Option("--align-model", "--align_model", help="A CTC model that times the words."),
+    ] = None
+    highlight_words: Annotated[
+        bool, typer.Option("--highlight-words/--no-highlight-words", help="Underline each in turn.")
+    ] = False
+    max_line_width: Annotated[int | None, _limit("max-line-width", "Letters of a line.")] = None
+    max_line_count: Annotated[int | None, _limit("max-line-count", "Lines of a cue.")] = None
+    max_words_per_line: Annotated[int | None, _limit("max-words-per-line", "Words of a cue.")] = (
+        None
+    )
+    beam_size: Beam = None
+    length_penalty: Annotated[
+        float | None, typer.Option("--length-penalty", "--length_penalty", help="As in the recipe.")
+    ] = None
+    nbest: Annotated[int | None, _limit("nbest", "Hypotheses to write (--json).")] = None
+    batch_size: BatchSize = None
+    gate: Annotated[
+        str | None, typer.Option("--gate", help="auto, silero, energy or none: who finds speech.")
+    ] = None
+    strict: Annotated[
+        bool, typer.Option("--strict", help="The same to the last bit in any company; slower.")
+    ] = False
+    as_json: Json = False
+
+    def decode(self) -> dict[str, Any]:
+        """The decoding settings that were given."""
+        names = ("beam_size", "length_penalty", "nbest", "batch_size", "gate")
+        given = {name: getattr(self, name) for name in names}
+        return given | {"strict": self.strict or None}
+
+
+@app.command()
+@takes(TranscribeOptions)
+def transcribe(options: TranscribeOptions) -> None:
+    """Write what is said in recordings."""
+    from isthmus.decoding.formats import Layout, check_outputs, transcript_dict, write_transcript
+    from isthmus.decoding.transcriber import load
+    from isthmus.display import counting
+
+    layout = Layout(
+        options.highlight_words,
+        options.max_line_width,
+        options.max_line_count,
+        options.max_words_per_line,
+    )
+    names = options.audio
+    words = options.word_timestamps or layout != Layout()
+    folder = options.output_dir
+    if folder is not None:
+        check_outputs(names)
+    transcriber = load(options.model, align_model=options.align_model, **options.decode())
+    audio: list[Any] = [sys.stdin.buffer.read() if name == "-" else name for name in names]
+    found: dict[int, Any] = {}
+    with counting("recordings") as on_recording:
+        for result in transcriber.results(audio, word_timestamps=words):
+            name, heard = names[result.index], result.found
+            found[result.index] = heard
+            if isinstance(heard, IsthmusError):
+                typer.echo(f"error: {heard}", err=True)
+            elif folder is not None:
+                stem = "stdin" if name == "-" else name
+                write_transcript(heard, stem, folder, options.output_format, layout)
+            on_recording(len(found), len(names))
+    failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
+    if options.as_json:
+        files = [
+            {"file": name, "error": str(found[index])}
+            if index in failed
+            else {"file": name, **transcript_dict(found[index])}
+            for index, name in enumerate(names)
+        ]
+        settings = transcriber.settings.model_dump(mode="json")
+        _print_json({"files": files, "decode": settings})
+    elif folder is None:
+        for index, name in enumerate(names):
+            if index not in failed:
+                text = found[index].text
+                typer.echo(f"{name}: {text}" if len(names) > 1 else text)
+    if failed:
         raise typer.Exit(1)
 
 

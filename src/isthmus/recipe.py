@@ -6,7 +6,7 @@ stand here.
 
 import difflib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, overload
 
@@ -160,6 +160,26 @@ class DecodeSettings(PartSettings):
     """... this many more."""
     batch_size: int = Field(8, ge=1)
     """Utterances decoded together; has no influence on the text."""
+    early_stopping: bool = False
+    """Stop as soon as there are `beam_size` finished hypotheses."""
+    drafts: bool = True
+    """With beam_size 1: the encoder's CTC head, if it has one, writes what the LLM then checks."""
+    strict: bool = False
+    """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
+    gate: Literal["auto", "silero", "energy", "none"] = "auto"
+    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
+    chunk_seconds: float = Field(30.0, gt=0)
+    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
+    deadline: float | None = Field(None, gt=0)
+    """Seconds after which the search of a batch is broken off."""
+    nbest: int = Field(1, ge=1)
+    """Hypotheses to write, the best among them; at most beam_size."""
+
+    @model_validator(mode="after")
+    def _enough_beams(self) -> "DecodeSettings":
+        if self.nbest > self.beam_size:
+            raise ValueError(f"nbest {self.nbest} is more than beam_size {self.beam_size}")
+        return self
 
 
 class Experiment(PartSettings):
@@ -343,6 +363,17 @@ def load_recipe(
     except ValidationError as error:
         lines = [f"  {line}" for line in _explain(error, kind)]
         raise IsthmusError("\n".join([f"{file} is not a valid recipe:", *lines])) from error
+
+
+Settings = TypeVar("Settings", bound=PartSettings)
+
+
+def change_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """`settings` with some replaced. Raises IsthmusError for one that is unknown or not valid."""
+    try:
+        return type(settings).model_validate(settings.model_dump() | dict(changes))
+    except ValidationError as error:
+        raise IsthmusError(" ".join(_explain(error, type(settings)))) from error
 
 
 def dump_recipe(recipe: Experiment) -> str:

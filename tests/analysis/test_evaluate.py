@@ -37,15 +37,16 @@ def corpus(tmp_path_factory: pytest.TempPathFactory, waves: Waves) -> Path:
 
 @pytest.fixture(scope="module")
 def faulty(corpus: Path, waves: Waves) -> Path:
-    """The same utterances, one too long for the language model, one not audio, one without text."""
+    """The same utterances, one cut short, one not audio, one without text."""
     folder = corpus.parent / "faulty"
     folder.mkdir()
     for file in corpus.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
-    soundfile.write(folder / "long.wav", waves(60 * 16_000).numpy(), 16_000)
+    soundfile.write(folder / "torn.flac", waves(16_000).numpy(), 16_000)
+    (folder / "torn.flac").write_bytes((folder / "torn.flac").read_bytes()[:9000])
     (folder / "noise.wav").write_bytes(b"RIFF nothing")
     (folder / "mute.wav").write_bytes((corpus / "a.wav").read_bytes())
-    for name, text in (("long", "a long story"), ("noise", "hiss"), ("mute", "...")):
+    for name, text in (("torn", "a long story"), ("noise", "hiss"), ("mute", "...")):
         (folder / f"{name}.txt").write_text(text)
     return folder
 
@@ -63,7 +64,7 @@ def run(
         "llm": {"path": str(model_folder("llama"))},
         "data": {"train": [str(corpus)]},
         "train": {"steps": 1, "batch_size": 2, "warmup_steps": 0},
-        "decode": {"tokens_per_second": 4, "extra_tokens": 4, "batch_size": 3},
+        "decode": {"tokens_per_second": 4, "extra_tokens": 4, "batch_size": 3, "gate": "none"},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     train(load_recipe(folder / "recipe.yaml"), folder / "run")
@@ -92,7 +93,7 @@ def test_what_is_left_out_is_counted_and_the_rest_is_scored(
     whole = evaluate(transcriber, [str(corpus)])
     result = evaluate(transcriber, [str(corpus), str(faulty)])
     report = json.loads(json.dumps(result.to_dict()))
-    reasons = {"empty_text": 1, "too_long": 1, "unreadable": 1}
+    reasons = {"empty_text": 1, "truncated": 1, "unreadable": 1}
     assert report["left_out"] == {"speech": {}, "faulty": reasons}
     assert report["sets"]["faulty"] == report["sets"]["speech"] == whole.to_dict()["sets"]["speech"]
     assert report["sets"]["faulty"]["utterances"] == len(TEXTS)
@@ -111,9 +112,9 @@ def test_progress_counts_every_utterance(transcriber: Transcriber, faulty: Path)
 
 
 def test_nothing_usable_is_an_error(transcriber: Transcriber, faulty: Path, tmp_path: Path) -> None:
-    for suffix in ("wav", "txt"):
-        (tmp_path / f"long.{suffix}").write_bytes((faulty / f"long.{suffix}").read_bytes())
-    with pytest.raises(IsthmusError, match=r"None of 1 utterances.*too_long"):
+    for suffix in ("flac", "txt"):
+        (tmp_path / f"torn.{suffix}").write_bytes((faulty / f"torn.{suffix}").read_bytes())
+    with pytest.raises(IsthmusError, match=r"None of 1 utterances.*truncated"):
         evaluate(transcriber, [str(tmp_path)])
     report = evaluate(transcriber, [str(tmp_path), str(faulty)]).to_dict()
     assert report["sets"][tmp_path.name]["wer"] is None
@@ -133,11 +134,11 @@ def test_faults_of_the_request_come_before_decoding(
 def test_transcripts_are_written_before_they_are_scored(
     transcriber: Transcriber, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "failing_rules.py").write_text("def fail(text):\n    raise RuntimeError(text)\n")
+    (tmp_path / "raising_rules.py").write_text("def fail(text):\n    raise RuntimeError(text)\n")
     monkeypatch.syspath_prepend(tmp_path)
     out = tmp_path / "out"
     with pytest.raises(RuntimeError):
-        evaluate(transcriber, [str(corpus)], normaliser="failing_rules:fail", folder=out)
+        evaluate(transcriber, [str(corpus)], normaliser="raising_rules:fail", folder=out)
     rows = [json.loads(line) for line in (out / "speech.jsonl").open()]
     assert {row["id"]: row["text"] for row in rows} == TEXTS
 
@@ -186,16 +187,18 @@ def test_the_command_goes_on_says_what_is_left_out_and_exits_1(
     code, out, _ = isthmus("evaluate", run, faulty)
     assert code == 1
     assert "left out of faulty: 1 empty_text, 1" in out
-    long, short = faulty / "long.wav", faulty / "a.wav"
-    code, out, err = isthmus("transcribe", long, short, tmp_path / "none.wav", "--model", run)
+    torn, whole = faulty / "torn.flac", faulty / "a.wav"
+    code, out, err = isthmus("transcribe", torn, whole, tmp_path / "none.wav", "--model", run)
     assert code == 1
-    assert out.startswith(f"{short}: ")
-    assert f"error: {long} (60.0 s) is too long" in err
+    assert out.startswith(f"{whole}: ")
+    assert f"error: {torn}" in err
     assert "none.wav" in err
-    _, out, _ = isthmus("transcribe", long, short, "--model", run, "--json")
-    first, second = json.loads(out)["files"]
+    _, out, _ = isthmus("transcribe", torn, whole, "--model", run, "--json")
+    report = json.loads(out)
+    assert report["decode"]["beam_size"] == 4
+    first, second = report["files"]
     assert first.keys() == {"file", "error"}
-    assert second["file"] == str(short)
+    assert second["file"] == str(whole)
 
 
 def test_ctc_is_refused_before_decoding(

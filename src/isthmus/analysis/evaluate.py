@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from lhotse.cut import Cut
 
-from isthmus.decoding.transcriber import Speech, Transcriber, Transcript
+from isthmus.decoding.transcriber import Speech, Transcriber
+from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
 from isthmus.scoring import SetScores, score_sets

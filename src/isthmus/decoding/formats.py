@@ -1,0 +1,291 @@
+"""Transcripts as text, subtitles, tables and JSON, written as openai-whisper writes them.
+
+Two things differ, because readers of the files stumble otherwise: line breaks inside a segment
+become spaces, and a segment without text is left out of all files but JSON.
+"""
+
+import json
+import math
+import re
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from isthmus.decoding.transcript import Segment, Transcript, Word
+from isthmus.errors import IsthmusError, suggest
+from isthmus.files import write_atomic
+
+LONG_PAUSE = 3.0  # seconds from one word's start to the next one's, where flowing lines end a cue
+LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How subtitles are set; every option but the default needs words.
+
+    With both `max_line_width` and `max_line_count`, words flow on from segment to segment. With
+    `max_line_width` alone a cue is a segment, of as many lines as it takes.
+    """
+
+    highlight_words: bool = False  # a cue for each word, which is underlined
+    max_line_width: int | None = None  # characters
+    max_line_count: int | None = None  # lines of a cue
+    max_words_per_line: int | None = None  # a cue is at most so many words
+
+    def __post_init__(self) -> None:
+        """Raises IsthmusError for a limit below one; warns of an option that has no effect."""
+        for name in ("max_line_width", "max_line_count", "max_words_per_line"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise IsthmusError(f"{name} is {value}. Give at least 1, or leave it out.")
+        if self.max_line_count and not self.max_line_width:
+            warnings.warn("max_line_count has no effect without max_line_width.", stacklevel=3)
+        if self.max_words_per_line and self.max_line_width:
+            warnings.warn("max_words_per_line has no effect with max_line_width.", stacklevel=3)
+
+
+PLAIN = Layout()
+Cue: TypeAlias = tuple[float, float, str]  # start, end, text
+
+
+def as_txt(segments: Sequence[Segment]) -> str:
+    """A line for each segment."""
+    return "".join(f"{segment.text}\n" for segment in _spoken(segments))
+
+
+def as_srt(segments: Sequence[Segment], layout: Layout = PLAIN) -> str:
+    """SubRip: numbered cues, `00:00:00,000 --> 00:00:02,500`."""
+    return "".join(
+        f"{number}\n{_clock(start, ',', True)} --> {_clock(end, ',', True)}\n{text}\n\n"
+        for number, (start, end, text) in enumerate(_cues(segments, layout), start=1)
+    )
+
+
+def as_vtt(segments: Sequence[Segment], layout: Layout = PLAIN) -> str:
+    """WebVTT: `00:00.000 --> 00:02.500`, with hours where there are any."""
+    return "WEBVTT\n\n" + "".join(
+        f"{_clock(start, '.', False)} --> {_clock(end, '.', False)}\n{text}\n\n"
+        for start, end, text in _cues(segments, layout)
+    )
+
+
+def as_tsv(segments: Sequence[Segment]) -> str:
+    """A table of start and end in milliseconds, and text."""
+    rows = [
+        f"{_milliseconds(segment.start)}\t{_milliseconds(segment.end)}\t"
+        + segment.text.replace("\t", " ")
+        for segment in _spoken(segments)
+    ]
+    return "\n".join(["start\tend\ttext", *rows, ""])
+
+
+def as_json(transcript: Transcript) -> str:
+    """The transcript_dict in one line."""
+    return json.dumps(transcript_dict(transcript), allow_nan=False)
+
+
+def transcript_dict(transcript: Transcript) -> dict[str, Any]:
+    """Whisper's keys and, behind them, isthmus' own, for JSON.
+
+    As in Whisper the texts of segments and words begin with the space that parts them from what
+    comes before. What Whisper decides by other means is told by what was decided here:
+    `no_speech_prob` is 1 where nothing was heard and 0 elsewhere, `temperature` is 0 (the search
+    draws nothing by lot), `seek` is the segment's own start (in frames of 10 ms). A number that is
+    not finite is null.
+    """
+    return {
+        "text": transcript.text,
+        "segments": [_segment(number, one) for number, one in enumerate(transcript.segments)],
+        "language": transcript.language,
+        "duration": transcript.duration,
+        "finish_reason": transcript.finish_reason,
+        "score": _finite(transcript.score),
+        "confidence": _finite(transcript.confidence),
+        "seconds": transcript.seconds,
+    }
+
+
+RENDERERS: dict[str, Callable[[Transcript, Layout], str]] = {
+    "txt": lambda transcript, layout: as_txt(transcript.segments),
+    "srt": lambda transcript, layout: as_srt(transcript.segments, layout),
+    "vtt": lambda transcript, layout: as_vtt(transcript.segments, layout),
+    "tsv": lambda transcript, layout: as_tsv(transcript.segments),
+    "json": lambda transcript, layout: as_json(transcript),
+}
+
+
+def check_outputs(audio: Iterable[str | Path]) -> None:
+    """Call before anything is decoded: raises IsthmusError where two outputs would be one file."""
+    by_stem: dict[str, str] = {}
+    for one in map(str, audio):
+        other = by_stem.setdefault(Path(one).stem, one)
+        if other != one:
+            raise IsthmusError(
+                f"{other} and {one} would both be written to {Path(one).stem}.*. Transcribe them "
+                "into different output folders, or rename one."
+            )
+
+
+def write_transcript(
+    transcript: Transcript,
+    audio: str | Path,
+    output_dir: str | Path,
+    output_format: str = "all",
+    layout: Layout = PLAIN,
+) -> list[Path]:
+    """Write `output_dir`/stem of `audio`.format, or one file of each format; returns their paths.
+
+    A file is replaced as a whole or not at all. Two recordings of one stem share their files:
+    see check_outputs. Raises IsthmusError for an unknown format, and OSError.
+    """
+    known = [*RENDERERS, "all"]
+    if output_format not in known:
+        raise IsthmusError(
+            f"Unknown output format {output_format!r}; there are {', '.join(known)}."
+            f"{suggest(output_format, known)}"
+        )
+    paths = []
+    for name in RENDERERS if output_format == "all" else [output_format]:
+        paths.append(Path(output_dir) / f"{Path(audio).stem}.{name}")
+        write_atomic(paths[-1], RENDERERS[name](transcript, layout))
+    return paths
+
+
+def _spoken(segments: Sequence[Segment]) -> Iterator[Segment]:
+    """Segments that have text, each on one line."""
+    for segment in segments:
+        if text := LINE_BREAKS.sub(" ", segment.text).strip():
+            yield replace(segment, text=text)
+
+
+def _cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
+    spoken = list(_spoken(segments))
+    if not any(segment.words for segment in spoken):
+        if spoken and layout != PLAIN:
+            raise IsthmusError(
+                "Highlighted words and limits of lines need words, and the transcript has none. "
+                "Ask for word timestamps."
+            )
+        for segment in spoken:
+            yield segment.start, segment.end, _no_arrow(segment.text)
+        return
+    for lines in _laid_out(spoken, layout):
+        yield from _cues_of(lines, layout.highlight_words)
+
+
+def _laid_out(segments: Sequence[Segment], layout: Layout) -> Iterator[list[list[Word]]]:
+    """Cues as lines of words."""
+    width, count = layout.max_line_width or math.inf, layout.max_line_count or math.inf
+    flowing = math.isfinite(width) and math.isfinite(count)
+    if flowing:
+        runs = [[word for segment in segments for word in _words(segment)]]
+    else:
+        size = layout.max_words_per_line if math.isinf(width) else None
+        runs = [
+            words[start : start + (size or len(words))]
+            for words in map(_words, segments)
+            for start in range(0, len(words), size or len(words))
+        ]
+    for run in runs:
+        lines = [[run[0]]]
+        for previous, word in pairwise(run):
+            pause = flowing and word.start - previous.start > LONG_PAUSE
+            if len(_line([*lines[-1], word])) <= width and not pause:
+                lines[-1].append(word)
+            elif pause or (flowing and len(lines) == count):
+                yield lines
+                lines = [[word]]
+            else:
+                lines.append([word])
+        yield lines
+
+
+def _words(segment: Segment) -> list[Word]:
+    """Its words; a segment that was not aligned is one."""
+    return list(segment.words) or [Word(segment.text, segment.start, segment.end, 0.0)]
+
+
+def _line(words: Iterable[Word]) -> str:
+    return " ".join(word.text for word in words)
+
+
+def _cues_of(lines: list[list[Word]], highlight: bool) -> Iterator[Cue]:
+    """One cue, or with `highlight` one for each word and for each moment between words."""
+    words = [word for line in lines for word in line]
+    plain = "\n".join(_no_arrow(_line(line)) for line in lines)
+    if not highlight:
+        yield words[0].start, words[-1].end, plain
+        return
+    last = words[0].start
+    for said in words:
+        if _milliseconds(said.start) > _milliseconds(last):
+            yield last, said.start, plain
+        marked = [
+            " ".join(_underlined(word) if word is said else _no_arrow(word.text) for word in line)
+            for line in lines
+        ]
+        yield said.start, said.end, "\n".join(marked)
+        last = said.end
+
+
+def _underlined(word: Word) -> str:
+    return f"<u>{_no_arrow(word.text)}</u>"
+
+
+def _no_arrow(text: str) -> str:
+    """No arrow that would be read as a cue's times."""
+    return re.sub("-{2,}>", "->", text)
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(1000 * max(0.0, seconds))
+
+
+def _clock(seconds: float, marker: str, always_hours: bool) -> str:
+    minutes, milliseconds = divmod(_milliseconds(seconds), 60_000)
+    hours, minutes = divmod(minutes, 60)
+    whole, part = divmod(milliseconds, 1000)
+    front = f"{hours:02d}:" if hours or always_hours else ""
+    return f"{front}{minutes:02d}:{whole:02d}{marker}{part:03d}"
+
+
+def _segment(number: int, segment: Segment) -> dict[str, Any]:
+    text = segment.text.encode()
+    probabilities = segment.token_log_probs
+    found: dict[str, Any] = {
+        "id": number,
+        "seek": round(100 * segment.start),
+        "start": round(segment.start, 3),
+        "end": round(segment.end, 3),
+        "text": segment.text and f" {segment.text}",
+        "tokens": list(segment.tokens),
+        "temperature": 0.0,
+        "avg_logprob": _finite(
+            sum(probabilities) / len(probabilities) if probabilities else segment.score
+        ),
+        "compression_ratio": len(text) / len(zlib.compress(text)),
+        "no_speech_prob": float(segment.finish_reason == "no_speech"),
+    }
+    if segment.words:
+        found["words"] = [
+            {
+                "word": f" {word.text}",
+                "start": round(word.start, 3),
+                "end": round(word.end, 3),
+                "probability": word.confidence,
+            }
+            for word in segment.words
+        ]
+    if segment.alternatives:
+        found["alternatives"] = [
+            {"text": one.text, "score": _finite(one.score)} for one in segment.alternatives
+        ]
+    return found | {"finish_reason": segment.finish_reason, "score": _finite(segment.score)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,86 @@
+"""What was heard: a transcript, its segments, their words. Times are seconds from the beginning."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal
+
+FinishReason = Literal["stop", "length", "repetition", "no_speech", "deadline"]
+"""Why a segment ends: its end token; no more tokens allowed; it began to repeat itself; there was
+nothing to hear; time was up."""
+# the first that is found among its segments stands for a transcript
+WORST: tuple[FinishReason, ...] = ("deadline", "repetition", "length", "stop", "no_speech")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word with the time it was said at."""
+
+    text: str
+    start: float
+    end: float
+    confidence: float  # between 0 and 1
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another hypothesis, less likely."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of speech that was decoded as one."""
+
+    start: float
+    end: float
+    text: str
+    score: float = 0.0  # log-probability of the text divided by its length in tokens
+    finish_reason: FinishReason = "stop"
+    tokens: tuple[int, ...] = ()
+    token_log_probs: tuple[float, ...] = ()
+    words: tuple[Word, ...] = ()  # with word timestamps only
+    alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
+
+    def shifted(self, seconds: float) -> "Segment":
+        """The same, that much later."""
+        words = [
+            replace(word, start=word.start + seconds, end=word.end + seconds) for word in self.words
+        ]
+        return replace(self, start=self.start + seconds, end=self.end + seconds, words=tuple(words))
+
+
+@dataclass(frozen=True)
+class Transcript:
+    """All that was heard in a recording."""
+
+    segments: tuple[Segment, ...]
+    duration: float  # of the recording
+    language: str | None = None
+    seconds: float = 0.0  # of computing
+
+    @property
+    def text(self) -> str:
+        return " ".join(segment.text for segment in self.segments if segment.text)
+
+    @property
+    def words(self) -> tuple[Word, ...]:
+        return tuple(word for segment in self.segments for word in segment.words)
+
+    @property
+    def finish_reason(self) -> FinishReason:
+        """The worst of the segments' own; no_speech where there is none."""
+        found = {segment.finish_reason for segment in self.segments}
+        return next((reason for reason in WORST if reason in found), "no_speech")
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the tokens' probabilities, 0 to 1; 1 where nothing was heard."""
+        found = [value for segment in self.segments for value in segment.token_log_probs]
+        return math.exp(sum(found) / len(found)) if found else 1.0
+
+    @property
+    def score(self) -> float:
+        """Mean of the segments' scores."""
+        return sum(s.score for s in self.segments) / max(1, len(self.segments))

@@ -1,0 +1,36 @@
+"""Commands whose options are the fields of a dataclass: one object, not twenty parameters."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from typing import Any, TypeVar, get_type_hints
+
+Options = TypeVar("Options")
+
+
+def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
+    """Make a function of a `kind` into a command with a parameter for each of its fields.
+
+    The fields are annotated as typer wants parameters to be.
+    """
+
+    def decorate(command: Callable[[Options], None]) -> Callable[..., None]:
+        def run(**given: Any) -> None:
+            command(kind(**given))
+
+        hints = get_type_hints(kind, include_extras=True)
+        parameters = [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=inspect.Parameter.empty if field.default is MISSING else field.default,
+                annotation=hints[field.name],
+            )
+            for field in fields(kind)  # type: ignore[arg-type]  # a dataclass
+        ]
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = dict(hints)
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        return run
+
+    return decorate
