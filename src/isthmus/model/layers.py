@@ -99,24 +99,31 @@ def recompute_gates(network: nn.Module) -> int:
     stay the same, which is tried out: a layer that does anything else is left as it is.
     """
     changed = 0
+    same: dict[tuple[type, ...], bool] = {}
     for module in network.modules():
         parts: Any = module
-        if not all(
-            hasattr(parts, name) for name in ("gate_proj", "up_proj", "down_proj", "act_fn")
-        ):
+        if not all(hasattr(parts, name) for name in GATED):
             continue
+        kind = (type(parts), type(parts.act_fn), type(parts.gate_proj))
         thrifty = _thrifty(parts)
-        weight = parts.gate_proj.weight
-        if not weight.is_floating_point():
-            continue  # quantised: what its width is, only the layer knows
-        with torch.no_grad():
-            probe = torch.linspace(-1, 1, weight.shape[1], device=weight.device)[None, None]
-            probe = probe.to(weight.dtype)
-            same = torch.equal(thrifty(probe), parts.forward(probe))
-        if same:
+        if kind not in same:
+            same[kind] = _alike(thrifty, parts)
+        if same[kind]:
             parts.forward = thrifty
             changed += 1
     return changed
+
+
+GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+def _alike(thrifty: Forward, parts: Any) -> bool:
+    weight = parts.gate_proj.weight
+    if not weight.is_floating_point():
+        return False  # quantised: how wide it is, only the layer knows
+    with torch.no_grad():
+        probe = torch.linspace(-1, 1, weight.shape[1], device=weight.device).to(weight.dtype)
+        return torch.equal(thrifty(probe[None, None]), parts.forward(probe[None, None]))
 
 
 def _thrifty(layer: Any) -> Forward:

@@ -108,11 +108,19 @@ class SpeechTask:
         ]
 
 
+def place(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> None:
+    """Bring the model to its device; spread over the processes first, where it need not fit."""
+    recompute_gates(model.llm.network)
+    if settings.shard:
+        ranks.shard(model.llm.network)
+        log.info("LLM: its frozen blocks are spread over %d processes (FSDP2)", ranks.world)
+    model.to(ranks.device)
+
+
 def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> list[str]:
     """Make the model ready to be trained fast; the decisions, each with its reason."""
     model.eval()
     lines = []
-    recompute_gates(model.llm.network)
     if settings.packing:
         half = settings.precision == "bfloat16"
         with torch.autocast(ranks.device.type, torch.bfloat16, enabled=half):

@@ -40,7 +40,7 @@ from isthmus.training.features import Verification
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import SpeechTask, arithmetic, prepare
+from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
 
 RECIPE = "recipe.yaml"
 PARTS = "parts.json"
@@ -241,10 +241,7 @@ def train(
         torch.manual_seed(recipe.seed)
         pinned = _as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
-        if recipe.train.shard:  # before it goes to the GPU, where it need not fit whole
-            log.info("LLM: its frozen blocks are spread over %d processes (FSDP2)", ranks.world)
-            ranks.shard(model.llm.network)
-        model.to(ranks.device)
+        place(model, recipe.train, ranks)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
