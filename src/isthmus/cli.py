@@ -181,15 +181,14 @@ def cache(
     """Compute the encoder's frames of a recipe's utterances once, and keep them on disk."""
     from isthmus.display import counting
     from isthmus.recipe import load_recipe
-    from isthmus.training.parallel import leading
     from isthmus.training.runs import cache_features
 
     chosen = load_recipe(recipe, overrides or [])
     with counting("utterances") as on_utterance:
         found = cache_features(chosen, on_utterance, only_verify=verify)
-    if not leading():
-        return
-    if as_json:
+    if found is None:
+        typer.echo("The frames of this process' share are kept; --verify reads them all.")
+    elif as_json:
         _print_json(asdict(found))
     else:
         typer.echo(

@@ -168,7 +168,7 @@ class DecodeSettings(PartSettings):
     """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
     gate: Literal["auto", "silero", "energy", "none"] = "auto"
     """What finds the speech: audio without any gives empty text. auto: silero if installed."""
-    chunk_seconds: float = Field(30.0, gt=0)
+    chunk_seconds: float = Field(30.0, ge=2)
     """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
     deadline: float | None = Field(None, gt=0)
     """Seconds after which the search of a batch is broken off."""
@@ -329,7 +329,12 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    """Raises IsthmusError for what is not YAML."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        where = " ".join(str(error).split())
+        raise IsthmusError(f"{text[:60]!r} is not valid YAML: {where}.") from error
 
 
 @overload
@@ -352,8 +357,8 @@ def load_recipe(
     file = find_recipe(str(path))
     try:
         values = parse_yaml(file.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise IsthmusError(f"{file} is not valid YAML: {error}") from error
+    except IsthmusError as error:
+        raise IsthmusError(f"{file}: {error}") from error
     if not isinstance(values, dict):
         raise IsthmusError(f"{file} holds no settings (key: value lines).")
     for override in overrides:

@@ -168,8 +168,11 @@ def test_what_cannot_be_spread_is_refused(
     model = speech_llm("full")
     with pytest.raises(IsthmusError, match="there is one"):
         Ranks().shard(model.llm.network)
-    for outcome in launch(lambda ranks: ranks.shard(model.llm.network), 2, tmp_path):
-        assert outcome.code == 1
+    outcomes = launch(lambda ranks: ranks.shard(model.llm.network), 2, tmp_path)
+    codes = {outcome.code for outcome in outcomes}
+    assert codes <= {1, 75}  # one may find the other gone before it comes so far itself
+    assert 1 in codes
+    for outcome in (one for one in outcomes if one.code == 1):
         assert "train.shard spreads what is frozen" in outcome.said
 
 
@@ -185,6 +188,9 @@ def test_weights_that_are_more_than_numbers_are_not_spread(
     for part in block.modules():
         if isinstance(part, nn.Linear):
             part.weight = WithState(part.weight.data, requires_grad=False)
-    for outcome in launch(lambda ranks: ranks.shard(model.llm.network), 2, tmp_path):
-        assert outcome.code == 1
+    outcomes = launch(lambda ranks: ranks.shard(model.llm.network), 2, tmp_path)
+    codes = {outcome.code for outcome in outcomes}
+    assert codes <= {1, 75}  # one may find the other gone before it comes so far itself
+    assert 1 in codes
+    for outcome in (one for one in outcomes if one.code == 1):
         assert "cannot spread weights of type WithState" in outcome.said

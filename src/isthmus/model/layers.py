@@ -119,7 +119,7 @@ GATED = ("gate_proj", "up_proj", "down_proj", "act_fn")
 
 def _alike(thrifty: Forward, parts: Any) -> bool:
     weight = parts.gate_proj.weight
-    if not weight.is_floating_point():
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False  # quantised: how wide it is, only the layer knows
     with torch.no_grad():
         probe = torch.linspace(-1, 1, weight.shape[1], device=weight.device).to(weight.dtype)

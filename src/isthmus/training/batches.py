@@ -17,6 +17,7 @@ from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import load_cut
 from isthmus.training.features import FeatureCache
 
+MISSING = -1  # number of frames of an utterance that is not in the cache
 BUCKET_BATCHES = 50  # batches whose utterances are sorted together
 
 
@@ -35,7 +36,8 @@ class Batch:
     seconds: float = 0.0  # of audio, without padding
     rejected: tuple[str, ...] = ()  # what could not be loaded, and why
     keys: tuple[str, ...] = ()  # in the feature cache, where there is one
-    frames: tuple[Tensor | None, ...] = ()  # (T, D) each
+    frames: Tensor | None = None  # (T, D) of those that are there, one behind the other
+    num_frames: tuple[int, ...] = ()  # of each, MISSING if it is not there
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch, its tensors on `device`."""
@@ -43,8 +45,14 @@ class Batch:
             self,
             waveforms=self.waveforms.to(device, non_blocking=True),
             num_samples=self.num_samples.to(device, non_blocking=True),
-            frames=tuple(None if f is None else f.to(device) for f in self.frames),
+            frames=None if self.frames is None else self.frames.to(device, non_blocking=True),
         )
+
+    def frames_each(self) -> list[Tensor | None]:
+        """Cached frames (T, D) of each utterance, None where there are none."""
+        there = [length for length in self.num_frames if length != MISSING]
+        pieces = iter(() if self.frames is None else self.frames.split(there))
+        return [None if length == MISSING else next(pieces) for length in self.num_frames]
 
 
 Group = tuple[int, ...]  # utterances that are heard as one, usually a single one
@@ -197,13 +205,16 @@ class SpeechData:
                 rows.append(self._row(group, epoch))
             except IsthmusError as error:
                 rejected.append(str(error))
+        found = [row.frames for row in rows if row.frames is not None]
         ids, texts = [row.id for row in rows], [row.text for row in rows]
         return replace(
             collate(ids, [row.samples for row in rows], texts),
             seconds=sum(row.seconds for row in rows),
             rejected=tuple(rejected),
             keys=tuple(row.key for row in rows) if self.cache else (),
-            frames=tuple(row.frames for row in rows) if self.cache else (),
+            # one tensor: each would take a file of shared memory on its way from a worker
+            frames=torch.cat(found) if found else None,
+            num_frames=tuple(MISSING if r.frames is None else len(r.frames) for r in rows),
         )
 
     def names(self, groups: Sequence[Group]) -> str:

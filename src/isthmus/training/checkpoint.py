@@ -123,7 +123,12 @@ def load_weights(folder: Path, state: Mapping[str, Tensor]) -> Progress:
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(stored[name])
-    return Progress(**read_json(folder / STATE))
+    try:
+        return Progress(**read_json(folder / STATE))
+    except TypeError as error:
+        raise IsthmusError(
+            f"{folder} was written by another version of isthmus: {error}."
+        ) from error
 
 
 def restore(

@@ -32,7 +32,7 @@ def speech_data(
     data = recipe.data
     if not data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to train on.")
-    positions = positions_of(model) if isinstance(model, SpeechLLM) else None
+    positions = positions_of(model, data.augment) if isinstance(model, SpeechLLM) else None
     budget = recipe.train.max_tokens if isinstance(recipe, Recipe) else None
     fits = _within(budget, positions, fits_model(model, data.augment))
     train = SpeechData(
@@ -67,9 +67,12 @@ def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> 
     return cache
 
 
-def positions_of(model: SpeechLLM) -> Positions:
-    """LLM positions of utterances heard as one."""
-    return lambda durations, text: model.positions(sum(durations), _tokens(model, text))
+def positions_of(model: SpeechLLM, augmentation: Augmentation | None = None) -> Positions:
+    """LLM positions of utterances heard as one, as many as `augmentation` may make them."""
+    longest = augmentation.longest if augmentation else lambda seconds: seconds
+    return lambda durations, text: model.positions(
+        sum(map(longest, durations)), _tokens(model, text)
+    )
 
 
 def _tokens(model: SpeechLLM, text: str) -> int:

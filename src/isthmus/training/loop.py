@@ -107,6 +107,7 @@ class _Run:
     optimiser: torch.optim.Optimizer
     progress: Progress = field(default_factory=Progress)
     signals: list[int] = field(default_factory=list)  # that came to this process
+    dev: Sequence[Any] = ()  # validation batches
 
     @property
     def workers(self) -> int:
@@ -148,6 +149,7 @@ def fit(
     acts at once. Under torchrun every process calls it; the first writes and reports.
     """
     run = _Run(task, settings, folder, ranks or Ranks(), _optimiser(task, settings))
+    run.dev = task.dev_plan()
     _start(run, resume)
     progress = run.progress
     plan = lru_cache(maxsize=2)(task.plan)
@@ -343,7 +345,7 @@ def _metrics_lines(run: _Run) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     with path.open("ab", buffering=0) as lines:
 
         def write(metrics: Mapping[str, Any]) -> None:
-            line = (json.dumps(metrics) + "\n").encode()
+            line = (json.dumps(_without_nan(metrics)) + "\n").encode()
             try:
                 if lines.write(line) < len(line):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -354,6 +356,14 @@ def _metrics_lines(run: _Run) -> Iterator[Callable[[Mapping[str, Any]], None]]:
                 ) from error
 
         yield write
+
+
+def _without_nan(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no word for numbers that are not finite."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in metrics.items()
+    }
 
 
 @contextlib.contextmanager
@@ -395,7 +405,7 @@ def _dev_loss(run: _Run, first: int | None = None) -> Loss | None:
     None without validation, and when a signal comes meanwhile. Leaves no trace.
     """
     task, ranks = run.task, run.ranks
-    wanted = list(dev_orders(task.dev_plan()[:first], ranks.rank, ranks.world))
+    wanted = list(dev_orders(run.dev[:first], ranks.rank, ranks.world))
     task.module.eval()
     losses = []
     with contextlib.closing(load_ahead(task, wanted, run.workers if first is None else 0)) as items:
@@ -410,7 +420,20 @@ def _dev_loss(run: _Run, first: int | None = None) -> Loss | None:
         return None
     counted = [loss for loss, order in zip(losses, wanted, strict=True) if order.counts]
     sums = _sums(ranks, counted)
-    return Loss(torch.tensor(sums["total"]), max(1, int(sums["units"])), int(sums["correct"]))
+    _check_dev(run, sums, ranks.gather([line for loss in counted for line in loss.rejected]))
+    return Loss(torch.tensor(sums["total"]), int(sums["units"]), int(sums["correct"]))
+
+
+def _check_dev(run: _Run, sums: Mapping[str, float], rejected: Sequence[str]) -> None:
+    """Raise IsthmusError where too little of the validation set was heard to judge by."""
+    for line in rejected:
+        log.warning("left out of validation: %s", line)
+    utterances = sum(len(batch) for batch in run.dev)
+    if len(rejected) > run.task.bad_fraction * utterances or not sums["units"]:
+        raise IsthmusError(
+            f"{len(rejected)} of {utterances} utterances to validate on could not be loaded, more "
+            f"than data.max_bad_fraction ({run.task.bad_fraction:.1%}) allows. The log names them."
+        )
 
 
 def _validate(run: _Run) -> dict[str, float] | None:
@@ -421,7 +444,7 @@ def _validate(run: _Run) -> dict[str, float] | None:
     progress, task = run.progress, run.task
     loss = _dev_loss(run)
     if loss is None:
-        return None if task.dev_plan() else {}
+        return None if run.dev else {}
     mean = float(loss.total) / loss.units
     if math.isfinite(mean) and (progress.best_loss is None or mean < progress.best_loss):
         progress.best_loss, progress.best_step, progress.stale = mean, progress.step, 0
@@ -476,7 +499,10 @@ def _clear_unsound(folder: Path) -> None:
     found = checkpoint.checkpoints(folder / CHECKPOINTS)
     if newest is None:
         if found:
-            raise IsthmusError("No checkpoint is sound: " + " ".join(faults))
+            raise IsthmusError(
+                f"No checkpoint is sound: {' '.join(faults)} Begin again in another folder, or "
+                "with --overwrite."
+            )
         (folder / METRICS).unlink(missing_ok=True)  # stopped before its first checkpoint
         return
     for path in found[found.index(newest) + 1 :]:
@@ -495,7 +521,7 @@ def _cut_log(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

@@ -74,9 +74,8 @@ class SpeechTask:
         model = self.module
         batch = batch.to(next(model.projector.parameters()).device)
         if not batch.ids:  # sharded blocks want the same passes on all ranks
-            silence = torch.zeros(1, STAND_IN_SAMPLES, device=batch.waveforms.device)
-            frames = model.encode(silence, torch.tensor([STAND_IN_SAMPLES]))
-            found = model.transcript_loss(model.project(frames), [""])
+            silence = torch.zeros(STAND_IN_SAMPLES, device=batch.waveforms.device)
+            found = model.transcript_loss(model.project([model.encode_alone(silence)]), [""])
             return Loss(found.total * 0, 0, 0, rejected=batch.rejected)
         found = model.transcript_loss(model.project(self._frames(batch)), batch.texts)
         return Loss(
@@ -99,17 +98,23 @@ class SpeechTask:
         cache = self.train.cache
         if cache is None:
             return self.module.encode(batch.waveforms, batch.num_samples)
-        rows = zip(batch.keys, batch.frames, batch.waveforms, batch.num_samples, strict=True)
+        device = batch.waveforms.device
+
+        def compute(row: int) -> Tensor:
+            # as `isthmus cache` and decoding do, so that an entry is the same whoever made it
+            with torch.autocast(device.type, enabled=False):
+                waveform = batch.waveforms[row, : int(batch.num_samples[row])]
+                return self.module.encode_alone(waveform)
+
+        rows = enumerate(zip(batch.keys, batch.frames_each(), strict=True))
         return [
-            cache.frames(key, partial(self.module.encode_alone, waveform[:length]), found).to(
-                batch.waveforms.device
-            )
-            for key, found, waveform, length in rows
+            cache.frames(key, partial(compute, row), found).to(device) for row, (key, found) in rows
         ]
 
 
 def place(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> None:
     """Bring the model to its device; spread over the processes first, where it need not fit."""
+    model.eval()  # dropout would make a layer unlike itself
     recompute_gates(model.llm.network)
     if settings.shard:
         ranks.shard(model.llm.network)
@@ -117,8 +122,13 @@ def place(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> None
     model.to(ranks.device)
 
 
-def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> list[str]:
-    """Make the model ready to be trained fast; the decisions, each with its reason."""
+def prepare(
+    model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks, *, cached: bool = False
+) -> list[str]:
+    """Make the model ready to be trained fast; the decisions, each with its reason.
+
+    `cached`: the encoder's frames come from a cache, into which everybody computes the same.
+    """
     model.eval()
     lines = []
     if settings.packing:
@@ -128,9 +138,11 @@ def prepare(model: SpeechLLM, settings: SpeechTrainSettings, ranks: Ranks) -> li
     else:
         lines.append("batches: padded, because train.packing is false")
     if settings.compile:
-        for network in filter(None, (model.encoder.network, model.llm.network)):
-            compile_layers(network)
-        lines.append("compiled: the blocks of encoder and LLM; the first steps take minutes")
+        compile_layers(model.llm.network)
+        if not cached and any(True for _ in model.encoder.parameters()):
+            compile_layers(model.encoder)
+        parts = "LLM" if cached else "encoder and LLM"
+        lines.append(f"compiled: the blocks of {parts}; the first steps take minutes")
     if settings.checkpointing:
         checkpoint_layers(model.llm.network)
         lines.append("activations: of block borders only, the others are computed twice")

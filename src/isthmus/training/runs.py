@@ -102,6 +102,11 @@ class RunFolder:
 
         A run that is not resumed is removed first.
         """
+        if len(set(self.ranks.gather([json.dumps(data, sort_keys=True)]))) > 1:
+            raise IsthmusError(
+                "The processes do not find the same data: ids, durations or texts differ, or some "
+                "cannot read a recording that others can. Give all machines the same files."
+            )
         self.ranks.lead(lambda: self._begin(data))
 
     def _enter(self) -> None:
@@ -247,22 +252,27 @@ def train(
         train_data, dev = speech_data(recipe, model)
         run.begin(_digests(train_data, dev))
         task = SpeechTask(model, train_data, dev, recipe)
-        task.use_cache(feature_cache(recipe, model))
-        for line in prepare(model, recipe.train, ranks):
+        cache = feature_cache(recipe, model)
+        task.use_cache(cache)
+        for line in prepare(model, recipe.train, ranks, cached=cache is not None):
             log.info(line)
         return fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
 
 
 def cache_features(
     recipe: Recipe, on_utterance: Callable[[int, int], None], *, only_verify: bool = False
-) -> Verification:
-    """Fill the feature cache of a recipe with what it trains and validates on, and read it."""
+) -> Verification | None:
+    """Fill the feature cache of a recipe with what it trains and validates on, and read it all.
+
+    Several processes share the filling, and none of them waits to read: None.
+    """
     if recipe.data.feature_cache == "none":
         raise IsthmusError(
             "data.feature_cache is none. Choose a precision: add data.feature_cache=bfloat16."
         )
     with Ranks() as ranks:
-        model = recipe.build().to(ranks.device)
+        model = recipe.build()
+        model.encoder.to(ranks.device)  # nothing else has work
         cache = feature_cache(recipe, model, strict=True)
         if cache is None:
             raise IsthmusError("This recipe has no frames that could be kept; the log says why.")
@@ -271,8 +281,7 @@ def cache_features(
                 task = SpeechTask(model, *speech_data(recipe, model), recipe)
                 task.use_cache(cache)
                 task.fill_cache(ranks, on_utterance)
-            ranks.any(False)  # until all have written
-            return cache.verify()
+            return cache.verify() if ranks.world == 1 else None
 
 
 def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:

@@ -101,7 +101,8 @@ def load_ahead(
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         yield from items
     except (RuntimeError, ConnectionError, EOFError) as error:
-        if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+        gone = ("exited unexpectedly", "is killed by signal")
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in gone):
             raise
         raise RetryLater(
             f"A worker that loads audio is gone ({str(error).partition('.')[0]}). Was memory "
