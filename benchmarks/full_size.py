@@ -150,8 +150,9 @@ def token_batches(model: SpeechLLM, heard: Utterances, tokens: int, count: int) 
 def with_frames(model: SpeechLLM, batch: Batch) -> Batch:
     """The batch as the feature cache gives it: frames in bfloat16, on the CPU, without samples."""
     lengths = [model.encoder.output_length(int(n)) for n in batch.num_samples]
-    frames = tuple(torch.randn(n, model.encoder.dim).bfloat16() for n in lengths)
-    return replace(batch, frames=frames, waveforms=torch.zeros(len(lengths), 0))
+    frames = torch.randn(sum(lengths), model.encoder.dim).bfloat16()
+    waveforms = torch.zeros(len(lengths), 0)
+    return replace(batch, frames=frames, num_frames=tuple(lengths), waveforms=waveforms)
 
 
 def own_step(
@@ -162,7 +163,7 @@ def own_step(
     optimiser.zero_grad(set_to_none=True)
     batch = batch.to(device)
     with torch.autocast(device.type, torch.bfloat16):
-        kept = [frames for frames in batch.frames if frames is not None]
+        kept = [frames for frames in batch.frames_each() if frames is not None]
         frames = kept or model.encode(batch.waveforms, batch.num_samples)
         found = model.transcript_loss(model.project(frames), batch.texts)
     (found.total / found.tokens).backward()

@@ -375,6 +375,7 @@ def test_a_process_that_never_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_own_faults_stay_what_they_are(launch: Launch, tmp_path: Path) -> None:
     def job(ranks: Ranks) -> None:
+        ranks.any(False)  # both are there
         raise RuntimeError("a fault of ours")
 
     for outcome in launch(job, 2, tmp_path):
