@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version as installed_version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
 
 import typer
 
@@ -15,6 +15,8 @@ from isthmus.errors import IsthmusError, suggest
 from isthmus.options import takes
 
 if TYPE_CHECKING:
+    from isthmus.decoding.formats import Layout
+    from isthmus.decoding.transcriber import DecodeChanges
     from isthmus.recipe import AnyRecipe, CTCRecipe, Experiment, LanguageRecipe, Recipe
     from isthmus.training.checkpoint import Progress
     from isthmus.training.loop import OnStep
@@ -201,6 +203,12 @@ def _limit(flag: str, text: str) -> Any:
     return typer.Option(f"--{flag}", f"--{flag.replace('-', '_')}", min=1, help=text)
 
 
+def _switch(flag: str, text: str) -> Any:
+    """An option that is on or off, named likewise."""
+    hyphens = f"--{flag}/--no-{flag}"
+    return typer.Option(hyphens, hyphens.replace("-", "_").replace("__", "--"), help=text)
+
+
 @dataclass(frozen=True)
 class TranscribeOptions:
     """What `isthmus transcribe` takes."""
@@ -215,22 +223,17 @@ class TranscribeOptions:
         typer.Option("--output-dir", "--output_dir", "-o", help="Write files here, not the text."),
     ] = None
     output_format: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--output-format", "--output_format", "-f", help="txt, srt, vtt, tsv, json or all."
         ),
-    ] = "all"
-    word_timestamps: Annotated[
-        bool,
-        typer.Option("--word-timestamps/--no-word-timestamps", help="When each word was said."),
-    ] = False
+    ] = None
+    word_timestamps: Annotated[bool, _switch("word-timestamps", "When each word was said.")] = False
     align_model: Annotated[
         str | None,
         typer.Option("--align-model", "--align_model", help="A CTC model that times the words."),
     ] = None
-    highlight_words: Annotated[
-        bool, typer.Option("--highlight-words/--no-highlight-words", help="Underline each in turn.")
-    ] = False
+    highlight_words: Annotated[bool, _switch("highlight-words", "Underline each in turn.")] = False
     max_line_width: Annotated[int | None, _limit("max-line-width", "Letters of a line.")] = None
     max_line_count: Annotated[int | None, _limit("max-line-count", "Lines of a cue.")] = None
     max_words_per_line: Annotated[int | None, _limit("max-words-per-line", "Words of a cue.")] = (
@@ -242,41 +245,73 @@ class TranscribeOptions:
     ] = None
     nbest: Annotated[int | None, _limit("nbest", "Hypotheses to write (--json).")] = None
     batch_size: BatchSize = None
+    hotwords: Annotated[
+        str | None, typer.Option("--hotwords", help="Phrases to be expected, parted by commas.")
+    ] = None
+    ngram: Annotated[
+        str | None, typer.Option("--ngram", help="An n-gram language model, an ARPA file.")
+    ] = None
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Corpora: over a Ray cluster, by its address, or local."),
+    ] = None
     gate: Annotated[
         str | None, typer.Option("--gate", help="auto, silero, energy or none: who finds speech.")
     ] = None
     strict: Annotated[
-        bool, typer.Option("--strict", help="The same to the last bit in any company; slower.")
-    ] = False
+        bool | None,
+        typer.Option("--strict/--no-strict", help="The same to the last bit in any company; slow."),
+    ] = None
     as_json: Json = False
 
-    def decode(self) -> dict[str, Any]:
+    @property
+    def layout(self) -> "Layout":
+        from isthmus.decoding.formats import Layout
+
+        return Layout(
+            self.highlight_words, self.max_line_width, self.max_line_count, self.max_words_per_line
+        )
+
+    @property
+    def decode(self) -> "DecodeChanges":
         """The decoding settings that were given."""
-        names = ("beam_size", "length_penalty", "nbest", "batch_size", "gate")
-        given = {name: getattr(self, name) for name in names}
-        return given | {"strict": self.strict or None}
+        return {
+            "beam_size": self.beam_size,
+            "length_penalty": self.length_penalty,
+            "nbest": self.nbest,
+            "batch_size": self.batch_size,
+            "gate": cast(Any, self.gate),  # checked with the others
+            "strict": self.strict,
+            "ngram": self.ngram,
+            "hotwords": tuple(filter(None, map(str.strip, (self.hotwords or "").split(","))))
+            or None,
+        }
 
 
 @app.command()
 @takes(TranscribeOptions)
 def transcribe(options: TranscribeOptions) -> None:
-    """Write what is said in recordings."""
-    from isthmus.decoding.formats import Layout, check_outputs, transcript_dict, write_transcript
+    """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
+    from isthmus.decoding.formats import PLAIN, check_outputs, transcript_dict, write_transcript
     from isthmus.decoding.transcriber import load
     from isthmus.display import counting
 
-    layout = Layout(
-        options.highlight_words,
-        options.max_line_width,
-        options.max_line_count,
-        options.max_words_per_line,
-    )
-    names = options.audio
-    words = options.word_timestamps or layout != Layout()
-    folder = options.output_dir
-    if folder is not None:
-        check_outputs(names)
-    transcriber = load(options.model, align_model=options.align_model, **options.decode())
+    layout, names, folder = options.layout, options.audio, options.output_dir
+    words = options.word_timestamps or layout != PLAIN
+    output_format = options.output_format or "all"
+    if folder is None and (options.output_format or layout != PLAIN):
+        folder = Path()  # as whisper does
+    if options.output_dir is not None and _corpora(names):
+        _transcribe_corpora(options, words)
+        return
+    files = ["stdin" if name == "-" else name for name in names]
+    check_outputs(files if folder is not None else (), output_format)
+    if options.align_model and not words:
+        typer.echo("warning: --align-model has no effect without --word-timestamps.", err=True)
+    listed = options.as_json or (folder is not None and output_format in ("json", "all"))
+    if options.nbest and not listed:
+        typer.echo("warning: --nbest has no effect without --json, which lists them.", err=True)
+    transcriber = load(options.model, align_model=options.align_model, **options.decode)
     audio: list[Any] = [sys.stdin.buffer.read() if name == "-" else name for name in names]
     found: dict[int, Any] = {}
     with counting("recordings") as on_recording:
@@ -286,19 +321,18 @@ def transcribe(options: TranscribeOptions) -> None:
             if isinstance(heard, IsthmusError):
                 typer.echo(f"error: {heard}", err=True)
             elif folder is not None:
-                stem = "stdin" if name == "-" else name
-                write_transcript(heard, stem, folder, options.output_format, layout)
+                write_transcript(heard, files[result.index], folder, output_format, layout)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:
-        files = [
+        report = [
             {"file": name, "error": str(found[index])}
             if index in failed
             else {"file": name, **transcript_dict(found[index])}
             for index, name in enumerate(names)
         ]
         settings = transcriber.settings.model_dump(mode="json")
-        _print_json({"files": files, "decode": settings})
+        _print_json({"files": report, "decode": settings})
     elif folder is None:
         for index, name in enumerate(names):
             if index not in failed:
@@ -306,6 +340,42 @@ def transcribe(options: TranscribeOptions) -> None:
                 typer.echo(f"{name}: {text}" if len(names) > 1 else text)
     if failed:
         raise typer.Exit(1)
+
+
+def _corpora(names: list[str]) -> bool:
+    """Whether these are corpora, not recordings."""
+    from isthmus.decoding.job import is_corpus
+
+    kinds = {is_corpus(name) for name in names}
+    if len(kinds) > 1:
+        raise IsthmusError("Give corpora or recordings, not both at once.")
+    return True in kinds
+
+
+def _transcribe_corpora(options: TranscribeOptions, words: bool) -> None:
+    from isthmus.decoding.job import Cluster, system, transcribe_corpora
+    from isthmus.display import counting
+    from isthmus.training.parallel import leading
+
+    assert options.output_dir is not None
+    chosen = system(options.model, align_model=options.align_model, settings=options.decode)
+    local = options.ray == "local"
+    cluster = Cluster(None if local else options.ray) if options.ray else None
+    with counting("utterances") as on_utterance:
+        report = transcribe_corpora(
+            chosen,
+            options.audio,
+            options.output_dir,
+            words=words,
+            cluster=cluster,
+            on_utterance=on_utterance,
+        )
+    if leading() and options.as_json:
+        _print_json(report)
+    elif leading():
+        done = f"{report['utterances']} utterances, {report['failed']} of them failed"
+        typer.echo(f"{done}: {options.output_dir}")
+    raise typer.Exit(3 if report["failed"] else 0)
 
 
 @app.command()
@@ -319,7 +389,7 @@ def evaluate(
     normaliser: Normaliser = "basic",
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "-o", help="Also write the transcripts here."),
+        typer.Option("--output-dir", "--output_dir", "-o", help="Also write the transcripts here."),
     ] = None,
     ctc: Annotated[bool, typer.Option("--ctc", help="Also score the encoder's own CTC.")] = False,
     as_json: Json = False,

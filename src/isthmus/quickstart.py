@@ -163,6 +163,7 @@ def _report(
         ),
         parts=_parts(recipe, model),
         scores=evaluation.scores,
+        calibration=evaluation.calibration,
         curves=curves,
         examples=pick_examples(evaluation.scores.pooled, 12),
         alignments=[align(model, load_cut(item.cut), transcript(item.cut)) for item in shown],

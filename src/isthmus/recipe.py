@@ -172,6 +172,13 @@ class DecodeSettings(PartSettings):
     """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
     deadline: float | None = Field(None, gt=0)
     """Seconds after which the search of a batch is broken off."""
+    hotwords: tuple[str, ...] = ()
+    """Phrases to be expected: names, terms."""
+    hotword_bonus: float = Field(1.0, ge=0)
+    """Added to a hypothesis for each of their tokens; given back where a phrase breaks off."""
+    ngram: str | None = None
+    """An n-gram language model, a file in ARPA format (.gz too), that has a say in the search."""
+    ngram_weight: float = Field(0.3, ge=0)
     nbest: int = Field(1, ge=1)
     """Hypotheses to write, the best among them; at most beam_size."""
 

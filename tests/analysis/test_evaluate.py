@@ -13,9 +13,10 @@ from torch import Tensor
 from isthmus.analysis.evaluate import ctc_scores, evaluate
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.errors import IsthmusError
-from isthmus.recipe import load_recipe
+from isthmus.recipe import change_settings, load_recipe
 from isthmus.scoring import normaliser
 from isthmus.training.batches import collate
+from isthmus.training.data import feature_cache
 from isthmus.training.runs import train
 
 Isthmus = Callable[..., tuple[int, str, str]]
@@ -175,6 +176,79 @@ def test_ctc_is_scored_on_the_same_utterances(transcriber: Transcriber, faulty: 
         assert normaliser("basic")(heard) == found[item.cut.id]
 
 
+def test_ctc_hears_long_utterances_in_chunks(
+    transcriber: Transcriber, waves: Waves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    soundfile.write(tmp_path / "long.wav", waves(10 * 16_000).numpy(), 16_000)
+    soundfile.write(tmp_path / "short.wav", waves(16_000).numpy(), 16_000)
+    for name in ("long", "short"):
+        (tmp_path / f"{name}.txt").write_text("go left")
+    monkeypatch.setitem(transcriber.__dict__, "longest", 3.0)
+    evaluation = evaluate(transcriber, [str(tmp_path)])
+    encode, longest = transcriber.model.encoder.forward, 0
+
+    def listen(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        nonlocal longest
+        longest = max(longest, waveforms.shape[1])
+        return encode(waveforms, num_samples)
+
+    monkeypatch.setattr(transcriber.model.encoder, "forward", listen)
+    [scores] = ctc_scores(transcriber, evaluation).sets.values()
+    assert {one.id for one in scores.utterances} == {"long", "short"}
+    assert 16_000 <= longest <= 3 * 16_000
+
+
+def test_frames_of_the_cache_are_told_and_not_timed(
+    run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "cache"))
+    plain = load(run)
+    report = evaluate(plain, [str(corpus)]).to_dict()
+    assert report["feature_cache"] == "none"
+    assert report["rtfx"] > 0
+    cached = change_settings(load_recipe(run / "recipe.yaml").data, {"feature_cache": "float32"})
+    recipe = load_recipe(run / "recipe.yaml").model_copy(update={"data": cached})
+    plain.cache = feature_cache(recipe, plain.model)
+    report = evaluate(plain, [str(corpus)]).to_dict()
+    assert (report["feature_cache"], report["rtfx"]) == ("float32", None)
+
+
+def test_formats_without_a_folder_are_written_here(
+    isthmus: Isthmus, run: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    command = ("transcribe", corpus / "a.wav", "--model", run)
+    assert isthmus(*command)[0] == 0
+    assert not list(tmp_path.iterdir())
+    assert isthmus(*command, "-f", "srt")[0] == 0
+    assert [file.name for file in tmp_path.iterdir()] == ["a.srt"]
+    assert isthmus(*command, "--max_words_per_line", 2, "--no_word_timestamps")[0] == 0
+    assert {file.suffix[1:] for file in tmp_path.iterdir()} == {"srt", "vtt", "txt", "tsv", "json"}
+
+
+def test_an_unknown_format_is_refused_before_anything_is_loaded(
+    isthmus: Isthmus, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("isthmus.decoding.transcriber.load", lambda *_, **__: pytest.fail("loaded"))
+    code, _, err = isthmus("transcribe", corpus / "a.wav", "-o", "out", "-f", "str")
+    assert (code, "Unknown output format 'str'" in err) == (1, True)
+
+
+def test_flags_without_effect_are_told(
+    isthmus: Isthmus, run: Path, corpus: Path, model_folder: Callable[[str], Path]
+) -> None:
+    command = ("transcribe", corpus / "a.wav", "--model", run)
+    aligner = ("--align_model", model_folder("conformer"))
+    _, _, err = isthmus(*command, *aligner, "--nbest", 2, "--strict")
+    assert "--align-model has no effect without --word-timestamps" in err
+    assert "--nbest has no effect without --json" in err
+    _, out, err = isthmus(
+        *command, *aligner, "--word_timestamps", "--nbest", 2, "--json", "--no-strict"
+    )
+    assert "no effect" not in err
+    assert json.loads(out)["decode"]["strict"] is False
+
+
 def test_the_command_goes_on_says_what_is_left_out_and_exits_1(
     isthmus: Isthmus, run: Path, corpus: Path, faulty: Path, tmp_path: Path
 ) -> None:
@@ -182,7 +256,7 @@ def test_the_command_goes_on_says_what_is_left_out_and_exits_1(
     assert code == 0
     report = json.loads(out)
     assert report["ctc"]["words"] == report["words"] == 6
-    code, _, err = isthmus("evaluate", run, corpus, "-o", tmp_path)
+    code, _, err = isthmus("evaluate", run, corpus, "--output_dir", tmp_path)
     assert (code, "exists" in err) == (1, True)
     code, out, _ = isthmus("evaluate", run, faulty)
     assert code == 1
@@ -206,7 +280,7 @@ def test_ctc_is_refused_before_decoding(
 ) -> None:
     def without_ctc(*arguments: Any, **options: Any) -> Transcriber:
         transcriber = load(*arguments, **options)
-        transcriber.model.encoder.ctc = None
+        transcriber.model.encoder.ctc = transcriber.ctc = None
         monkeypatch.setattr(transcriber, "results", lambda audio: pytest.fail("decoded"))
         return transcriber
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from isthmus.analysis.alignment import Alignment
+from isthmus.analysis.calibration import Bin, Calibration
 from isthmus.analysis.emergence import Emergence
 from isthmus.analysis.figures import count_text, duration_html
 from isthmus.analysis.report import Curves, Example, Part, Report, pick_examples, render
@@ -77,6 +78,7 @@ def report(words: str = "plain") -> Report:
         scores=score_sets({words: texts, "digits": (REFERENCES, HYPOTHESES)}),
         curves=Curves.read(metrics(), Emergence(321, 0.38, 0.91)),
         training_seconds=287.4,
+        calibration=Calibration((Bin(3, 0.55, 0.5), Bin(40, 0.97, 0.95)), 0.0212, 43, 0),
         examples=(Example(f"{words} one", f"{words} two"), Example("", words), Example(words, "")),
         alignments=(Alignment(words, (words, " b", "\n"), similarity, 2.0),),
         transcripts={words: words, "silence.wav": ""},
@@ -89,7 +91,7 @@ def report(words: str = "plain") -> Report:
 def test_the_page_holds_what_it_was_given() -> None:
     page = Page(render(report()))
     assert page.tags["h1"] == page.tags["main"] == page.tags["details"] == 1
-    assert page.tags["svg"] == 3
+    assert page.tags["svg"] == 4
     pooled = score_sets({"plain": (REFERENCES, HYPOTHESES)}).pooled
     assert pooled.wer is not None
     for words in (

@@ -304,6 +304,42 @@ def test_loops_are_closed_after_one_round(
         assert len(one.log_probs) == cycle
 
 
+class Loops(Script):
+    """Says one word for ever, surely; less surely, and only at first, another that ends."""
+
+    def prefill(self) -> Tensor:
+        logits = torch.full((len(self.texts), len(self.texts[0]), 50), -30.0)
+        for row, texts in zip(logits, self.texts, strict=True):
+            for values, text in zip(row, texts, strict=True):
+                ended = text[-1:] == [20]
+                values[END if ended else 10] = 9.0
+                values[20] = 6.0 if not text else -30.0
+        return logits
+
+
+def test_a_loop_is_ranked_by_its_whole_text_and_behind_an_end(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(beam, "open_steps", lambda llm, own, _: Loops(lambda text: 10, len(own)))
+    (found,) = beam_search(llm, [torch.zeros(1, 32)], [30], [END], beam_size=2)
+    best, loop = found
+    assert (best.finish_reason, best.tokens) == ("stop", [20])
+    assert (loop.finish_reason, loop.tokens) == ("repetition", [10])
+    first = torch.tensor([9.0, 6.0]).log_softmax(-1)
+    assert best.score == pytest.approx(float(first[1]) / 2, abs=1e-3)
+    assert loop.score == pytest.approx(float(first[0]) / 8, abs=1e-3)  # not that of one word
+    assert loop.score > best.score
+
+
+def test_an_end_comes_before_what_the_deadline_broke_off() -> None:
+    rules = beam.Rules(frozenset([END]), 2, 1.0, SearchOptions())
+    search = beam.Search(0, 30, rules, [beam.Open([], [], 0.0)])
+    search.advance([(-0.1, -0.1, 0, 10), (-2.0, -2.0, 0, END), (-3.0, -3.0, 0, 11)])
+    search.close("deadline")
+    assert [one.finish_reason for one in search.finished] == ["stop", "deadline"]
+    assert search.finished[0].score < search.finished[1].score
+
+
 def test_longer_cycles_and_fewer_repeats_are_no_loops(
     scripted: Callable[..., list[Hypothesis]],
 ) -> None:

@@ -1,6 +1,8 @@
 """Drafts change how fast greedy search is, and nothing else."""
 
+import itertools
 import random
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -10,7 +12,7 @@ from torch import Tensor
 from isthmus.decoding import draft
 from isthmus.decoding.beam import Hypothesis, SearchOptions, beam_search
 from isthmus.decoding.draft import draft_search, realigned
-from isthmus.decoding.steps import MaskedSteps
+from isthmus.decoding.steps import MaskedSteps, Steps, open_steps
 from isthmus.model.llm import LLM
 
 END = 2
@@ -176,6 +178,100 @@ def test_a_right_draft_takes_one_pass_and_an_error_one_more(llama: LLM) -> None:
     assert passes(llama, prompt, [*before, *after], 20) <= 3
     assert passes(llama, prompt, [*before, wrong, *tokens[place:]], 20) <= 3
     assert passes(llama, prompt, [], 20) == 20
+
+
+def test_a_bad_draft_is_given_up_and_leaves_nothing_behind(
+    llama: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (prompt,) = prompts_of(llama, 1)
+    choose = random.Random(4)
+    never = 91  # a token that the model may not write
+    options = SearchOptions(forbidden=(never, END), repetition_guard=False)
+    (expected,) = greedy(llama, [prompt], [120], options)
+    drafts = {
+        "nothing right": [never] * 200,
+        "one in two": [one if i % 2 else never for i, one in enumerate(expected.tokens)],
+        "one in ten": [never if choose.random() < 0.1 else one for one in expected.tokens],
+    }
+    forward, slots, read = MaskedSteps.forward, list[int](), list[int]()
+
+    def watched(self: MaskedSteps, tokens: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        slots.append(seen.shape[2] - tokens.shape[1])
+        read.append(tokens.shape[1])
+        return forward(self, tokens, seen, positions)
+
+    drafted(llama, [prompt], [[]], [2])  # tries the network
+    monkeypatch.setattr(MaskedSteps, "forward", watched)
+    for kind, text in drafts.items():
+        slots.clear()
+        read.clear()
+        found = drafted(llama, [prompt], [text], [120], options)
+        assert_same(llama, [prompt], found, [expected])
+        assert max(slots) < len(prompt) + 120  # what it has written, and no more
+        assert sum(read) < {"nothing right": 120 + 32, "one in two": 600}.get(kind, 900)
+        if kind == "nothing right":
+            assert read[:6] == [17, 9, 5, 3, 2, 1]
+            assert set(read[6:]) == {1}
+
+
+def test_the_cache_of_a_batch_holds_no_more_than_the_batch_has_written(
+    llama: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = prompts_of(llama, 8)
+    expected = greedy(llama, prompts, [40] * 8)
+    choose = random.Random(5)
+    drafts = [with_errors(one.tokens, 0.3, choose) + [7] * 300 for one in expected]
+    forward, slots = MaskedSteps.forward, list[int]()
+
+    def watched(self: MaskedSteps, tokens: Tensor, seen: Tensor, positions: Tensor) -> Tensor:
+        slots.append(seen.shape[2] - tokens.shape[1])
+        return forward(self, tokens, seen, positions)
+
+    monkeypatch.setattr(MaskedSteps, "forward", watched)
+    assert_same(llama, prompts, drafted(llama, prompts, drafts, [40] * 8), expected)
+    written = sum(len(one.tokens) for one in expected)
+    assert max(slots) <= max(map(len, prompts)) + written
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_strict_is_the_same_to_the_bit_in_any_company(
+    family: str, load_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One may be within the window of the network, where its neighbour's limit is beyond."""
+    model = sharp(load_llm(family))
+    prompts, limits = prompts_of(model, 6), [4, 30, 9, 15, 60, 7]
+    if family == "llama":
+        model.network.config.sliding_window = 50
+    strict = SearchOptions(strict=True, repetition_guard=False)
+    drafts = [[*one.tokens[:-1], 5] for one in greedy(model, prompts, limits)]
+    opened: list[tuple[str, int]] = []
+
+    def watched(llm: LLM, own: Sequence[Tensor], limit: int) -> Steps:
+        found = open_steps(llm, own, limit)
+        opened.append((type(found).__name__, limit))
+        return found
+
+    monkeypatch.setattr(draft, "open_steps", watched)
+    together = drafted(model, prompts, drafts, limits, strict)
+    assert [limit for _, limit in opened] == limits
+    ways = {name for name, _ in opened}
+    assert ways == ({"CopiedSteps"} if family == "bloom" else {"CopiedSteps", "MaskedSteps"})
+    for place, one in enumerate(together):
+        rows = slice(place, place + 1)
+        assert drafted(model, prompts[rows], drafts[rows], limits[rows], strict) == [one]
+
+
+def test_a_network_that_takes_no_drafts_keeps_the_deadline(
+    load_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = sharp(load_llm("bloom"))
+    prompts = prompts_of(model, 3)
+    clock = itertools.count()
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))  # a second a look
+    options = SearchOptions(deadline=12.0, repetition_guard=False, strict=True, forbidden=(END,))
+    found = drafted(model, prompts, [[1]] * 3, [40] * 3, options)
+    assert [one.finish_reason for one in found] == ["deadline"] * 3
+    assert len(found[0].tokens) > len(found[1].tokens) == len(found[2].tokens) == 1
 
 
 def test_where_the_draft_goes_on() -> None:

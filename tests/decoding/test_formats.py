@@ -49,6 +49,20 @@ def test_txt() -> None:
     assert as_txt(TWO) == "hello there\ngood bye\n"
 
 
+def test_no_space_is_put_where_none_is_written() -> None:
+    words = [Word(t, i, i + 1, 0.5) for i, t in enumerate(("春", "は、", "OK", "白", "く"))]
+    spring = Segment(0, 5, "春は、OK白く", words=tuple(words))
+    transcript = Transcript((spring, Segment(5, 6, "なりゆく"), Segment(6, 7, "so it is")), 7.0)
+    assert transcript.text == "春は、OK白くなりゆく so it is"
+    found = json.loads(as_json(transcript))
+    assert "".join(segment["text"] for segment in found["segments"]) == transcript.text
+    shown = [word["word"] for word in found["segments"][0]["words"]]
+    assert shown == ["春", "は、", " OK", " 白", "く"]
+    assert texts(as_srt([spring])) == ["春は、 OK 白く"]
+    marked = texts(as_srt([spring], Layout(highlight_words=True)))
+    assert marked[0] == "<u>春</u>は、 OK 白く"
+
+
 def test_srt() -> None:
     assert as_srt(TWO) == (
         "1\n00:00:00,000 --> 00:00:02,500\nhello there\n\n"

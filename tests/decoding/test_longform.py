@@ -10,15 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.decoding.longform import Chunk, Chunks, audio_blocks, join, joined, split
-from isthmus.decoding.transcript import Segment, Word
+from isthmus.decoding.longform import Chunk, Chunks, join, joined, split
+from isthmus.decoding.transcript import Segment, Transcript, Word, together
 from isthmus.errors import IsthmusError
 from isthmus.speech.activity import Region, speech_regions
-from isthmus.speech.audio import SAMPLE_RATE, load_audio
+from isthmus.speech.audio import SAMPLE_RATE, audio_blocks
 
 
 def detect(waveform: np.ndarray) -> list[Region]:
@@ -154,14 +153,18 @@ def test_memory_does_not_grow_with_the_recording() -> None:
     assert peak_megabytes(60) == pytest.approx(peak_megabytes(10), abs=2.0)
 
 
-@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1)])
-def test_blocks_of_a_file_are_the_file(rate: int, channels: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.wav"
-    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (rate * 90, channels))
-    soundfile.write(path, samples, rate)
-    blocks = list(audio_blocks(path))
-    assert len(blocks) > 1
-    np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path))
+def test_speech_is_looked_for_once() -> None:
+    """What lies behind a long silence is not looked at again for each chunk."""
+    waveform = recording([(True, 0.5), (False, 1.5)] * 60)
+    seen = 0
+
+    def counting(sight: np.ndarray) -> list[Region]:
+        nonlocal seen
+        seen += len(sight)
+        return detect(sight)
+
+    assert len(list(split(waveform, 30.0, detect=counting))) == 60
+    assert seen < 1.5 * len(waveform)
 
 
 VOCABULARY = [
@@ -233,7 +236,7 @@ def test_joins_lose_and_double_no_word(timed: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("previous", "following", "together"),
+    ("previous", "following", "whole"),
     [
         (
             "when forty winters shall",
@@ -249,12 +252,48 @@ def test_joins_lose_and_double_no_word(timed: bool) -> None:
         ("", "shall besiege", "shall besiege"),
         ("when forty", "", "when forty"),
         ("春はあけぼのやう", "あけぼのやうやう白く", "春はあけぼのやうやう白く"),
+        ("他说 hello world 你好", "world 你好, 吗 yes", "他说 hello world 你好, 吗 yes"),
     ],
 )
-def test_text_without_times_is_joined(previous: str, following: str, together: str) -> None:
+def test_text_without_times_is_joined(previous: str, following: str, whole: str) -> None:
     first, second = join(Segment(0, 10, previous), Segment(8, 18, following), 2.0)
-    space = "" if "春" in together else " "
-    assert space.join(filter(None, [first.text, second.text])) == together
+    assert together([first.text, second.text]) == whole
+
+
+def test_words_of_a_script_without_spaces_are_cut_with_their_text() -> None:
+    def timed(text: str, start: float) -> Segment:
+        times = [start + 0.5 * i for i in range(len(text))]
+        words = tuple(Word(a, t, t + 0.5, 1) for a, t in zip(text, times, strict=True))
+        return Segment(start, start + len(text) / 2, text, words=words)
+
+    first, second = join(timed("春はあけぼのやう", 0), timed("ぼのやうやう白く", 2), 2.0)
+    for segment in (first, second):
+        assert "".join(word.text for word in segment.words) == segment.text
+    transcript = Transcript((first, second), 6.0)
+    assert transcript.text == "春はあけぼのやうやう白く"
+
+
+@pytest.mark.parametrize(
+    ("previous", "following", "left"),
+    [
+        ((("x", 8.2), ("a", 9.2)), (("a", 9.2),), ["x a", ""]),
+        ((("wint", 8.2),), (("winters", 8.4), ("shall", 9.2)), ["", "winters shall"]),
+    ],
+)
+def test_no_word_outlives_its_text(
+    previous: tuple[tuple[str, float], ...],
+    following: tuple[tuple[str, float], ...],
+    left: list[str],
+) -> None:
+    first, second = (
+        Segment(start, end, " ".join(text for text, _ in said), words=words)
+        for start, end, said in ((0.0, 10.0, previous), (8.0, 18.0, following))
+        if (words := tuple(Word(text, at, at + 0.3, 1) for text, at in said))
+    )
+    segments = join(first, second, 2.0)
+    assert [segment.text for segment in segments] == left
+    for segment in segments:
+        assert [word.text for word in segment.words] == segment.text.split()
 
 
 def test_segments_without_an_overlap_stay_as_they_are() -> None:

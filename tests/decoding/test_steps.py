@@ -3,10 +3,11 @@
 import random
 from collections.abc import Callable
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isthmus.decoding import steps
 from isthmus.decoding.steps import (
@@ -15,6 +16,7 @@ from isthmus.decoding.steps import (
     Steps,
     alike,
     open_steps,
+    quick_head,
     takes_masks,
 )
 from isthmus.model.llm import LLM
@@ -150,6 +152,53 @@ def test_half_precision(load_llm: Callable[..., LLM]) -> None:
     llm = load_llm("llama", dtype="bfloat16")
     assert takes_masks(llm.network)
     assert distance(llm) < 0.5
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "gpt2"])
+def test_logits_in_blocks_are_the_networks_own(
+    name: str, load_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = load_llm(name)
+    assert quick_head(llm.network) is None  # too few tokens to be worth it
+    with torch.inference_mode():
+        whole = walk(MaskedSteps(llm.network, prompts_of(llm)), 3, seed=1)
+        monkeypatch.setattr(steps, "COLUMNS", 32)  # the last block is shorter
+        found = MaskedSteps(llm.network, prompts_of(llm))
+        assert found.head is not None
+        blocks = walk(found, 3, seed=1)
+    for one, other in zip(whole, blocks, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+
+
+def test_logits_that_are_more_than_a_product_are_left_to_the_network(
+    load_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(steps, "COLUMNS", 32)
+    network: Any = load_llm("llama").network
+    head = quick_head(network)
+    assert head is not None
+    assert quick_head(network) is head  # tried once
+    handle = network.register_forward_hook(lambda *_: None)
+    assert quick_head(network) is None  # it would not be called
+    handle.remove()
+    network.lm_head = nn.Linear(network.lm_head.in_features, network.lm_head.out_features)
+    assert quick_head(network) is None  # a bias
+    network.lm_head = nn.Linear(network.lm_head.in_features, 70, bias=False)
+    other = quick_head(network)
+    assert other is not None
+    assert other is not head
+    monkeypatch.setattr(steps, "_heads", WeakKeyDictionary())
+    original = type(network).forward
+
+    def doubled(self: Any, *given: Any, **named: Any) -> Any:
+        output = original(self, *given, **named)
+        output.logits = 2 * output.logits
+        return output
+
+    monkeypatch.setattr(type(network), "forward", doubled)
+    assert quick_head(network) is None
+    monkeypatch.undo()
+    assert quick_head(load_llm("llama", dtype="bfloat16").network) is None
 
 
 def test_the_cache_keeps_the_prompt_once(load_llm: Callable[..., LLM]) -> None:

@@ -137,11 +137,19 @@ def test_the_word_separator_counts_as_a_gap() -> None:
 def test_letters_the_model_cannot_spell_have_a_place() -> None:
     spelled = {5: "a", 15: "f", 16: "e", 17: "g", 30: "b"}
     waveform = bursts((0.0, 0.3), (0.35, 0.75), (0.8, 1.2), duration=1.3)
-    for number in ("5", "42", "日本語", "ßß", "—"):
+    for number in ("5", "42", "אבג", "ßß", "—"):
         words = align_words(frames_of(spelled, 40), f"a {number} b", CTC, waveform)
         assert_in_order(words, f"a {number} b", 1.3)
         assert words[2].confidence == pytest.approx(0.9)
     assert words[1].confidence == pytest.approx(0.9)
+
+
+def test_letters_without_spaces_are_timed_one_by_one() -> None:
+    waveform = bursts((0.0, 1.2), duration=1.3)
+    spelled = {5: "a", 12: "f", 18: "e", 24: "g", 30: "b"}
+    words = align_words(frames_of(spelled, 40), "「東京」は bad กิน、", CTC, waveform)
+    assert [word.text for word in words] == ["「東", "京」", "は", "bad", "กิ", "น、"]
+    assert all(0 <= one.start <= one.end <= two.start for one, two in pairwise(words))
 
 
 def test_spellings() -> None:

@@ -1,6 +1,8 @@
 """One way through all audio: a transcript or a fault for each, whatever the others are."""
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,15 @@ import soundfile
 import torch
 from torch import Tensor
 
-from isthmus.decoding.transcriber import Transcriber
+from isthmus.decoding import transcriber as module
+from isthmus.decoding.timestamps import load_ctc
+from isthmus.decoding.transcriber import DecodeChanges, Speech, Transcriber, load
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
-from isthmus.recipe import Recipe
+from isthmus.recipe import DecodeSettings, Recipe
+from isthmus.speech.activity import Region
+from isthmus.speech.audio import AudioInfo, audio_info, load_audio
+from isthmus.speech.corpora import load_cut, read_corpus
 
 Waves = Callable[..., Tensor]
 Build = Callable[..., Transcriber]
@@ -72,6 +79,133 @@ def test_each_has_a_transcript_or_a_fault(build: Build, waves: Waves, tmp_path: 
         transcriber.transcribe([samples, bad])
 
 
+def test_what_is_no_audio_is_its_own_fault(build: Build, waves: Waves, tmp_path: Path) -> None:
+    good = waves(8000).numpy()
+    faults: list[tuple[Any, str]] = [
+        (torch.from_numpy(good), "type Tensor"),
+        (7, "type int"),
+        (bytearray(b"RIFF"), "type bytearray"),
+        ((16_000 * good).astype(np.int16), r"int16\. Divide"),
+        (np.where(good > 0, np.nan, good), "NaN"),
+        (30_000 * good, "Divide the samples"),
+        (good[None], r"\(1, 8000\)"),
+    ]
+    transcriber = build()
+    alone = transcriber.transcribe(good)
+    results = list(transcriber.results([good, *(fault for fault, _ in faults)]))
+    found = {result.index: result.found for result in results}
+    assert isinstance(found[0], Transcript)
+    assert found[0].text == alone.text
+    for index, (fault, message) in enumerate(faults, start=1):
+        assert isinstance(found[index], IsthmusError)
+        with pytest.raises(IsthmusError, match=message):
+            transcriber.transcribe(fault)
+        with pytest.raises(IsthmusError, match=message):
+            list(transcriber.stream(fault))
+    assert [one.text for one in transcriber.transcribe((good, good))] == [alone.text] * 2
+
+
+def test_lengths_are_asked_once_and_a_torn_file_is_said_to_be_torn(
+    build: Build, waves: Waves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcriber = build()
+    torn, good = tmp_path / "torn.wav", tmp_path / "good.wav"
+    soundfile.write(good, waves(16_000).numpy(), 16_000)
+    soundfile.write(torn, waves(60 * 16_000).numpy(), 16_000)
+    torn.write_bytes(torn.read_bytes()[:1_000_000])
+    asked: list[Any] = []
+
+    def asking(source: Any) -> AudioInfo:
+        asked.append(source)
+        return audio_info(source)
+
+    monkeypatch.setattr(module, "audio_info", asking)
+    monkeypatch.setattr(module, "load_audio", lambda path: path == good and load_audio(path))
+    found = {result.index: result.found for result in transcriber.results([torn, good])}
+    assert asked == [torn, good]
+    assert "torn.wav" in str(found[0])
+    assert getattr(found[0], "code", None) == "truncated"
+    assert isinstance(found[1], Transcript)
+
+
+def test_only_what_is_too_long_is_cut_up(
+    build: Build, waves: Waves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcriber = build(chunk_seconds=2.0)
+    audio = [waves(n, seed=n).numpy() for n in (16_000, 24_000, 40_000)]
+    monkeypatch.setattr(module, "_seconds", lambda one: 1.0)  # as damaged headers say
+    heard: list[list[float]] = []
+    decode = transcriber._decode
+
+    def listen(speech: list[Speech], words: bool) -> Any:
+        heard.append([round(one.seconds, 1) for one in speech])
+        return decode(speech, words)
+
+    monkeypatch.setattr(transcriber, "_decode", listen)
+    found = transcriber.transcribe(list(audio))
+    assert heard[0] == [1.0, 1.5]
+    assert [len(transcript.segments) for transcript in found[:2]] == [1, 1]
+    assert len(found[2].segments) > 1
+
+
+def test_chunks_pass_the_gate_once(
+    build: Build, waves: Waves, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcriber = build(gate="energy", chunk_seconds=4.0)
+    seen: list[int] = []
+
+    def everywhere(waveform: np.ndarray, gate: str) -> list[Region]:
+        seen.append(len(waveform))
+        return [(0.0, len(waveform) / 16_000)]
+
+    monkeypatch.setattr(module, "speech_regions", everywhere)
+    monkeypatch.setattr(module, "has_speech", lambda *arguments: pytest.fail("looked again"))
+    (transcript,) = transcriber.transcribe([waves(10 * 16_000).numpy()])
+    assert len(seen) == len(transcript.segments) > 2
+
+
+def test_an_aligner_is_where_the_model_is(
+    build: Build, model_folder: Callable[[str], Path]
+) -> None:
+    transcriber = build(encoder="whisper")
+    transcriber.model.projector.to("meta")
+    aligner = load_ctc(str(model_folder("conformer")))
+    Transcriber(transcriber.model, transcriber.settings, aligner=aligner)
+    assert {weights.device.type for weights in aligner.parameters()} == {"meta"}
+
+
+def test_the_head_of_a_trained_encoder_is_left_alone(build: Build, waves: Waves) -> None:
+    model = build().model
+    model.tune["encoder"] = "full"
+    transcriber = Transcriber(model, DecodeSettings(beam_size=1, gate="none"))
+    assert not transcriber.drafts
+    with pytest.raises(IsthmusError, match=r"trained its encoder.*--align-model"):
+        transcriber.transcribe(waves(16_000).numpy(), word_timestamps=True)
+
+
+def test_settings_to_change_are_those_there_are() -> None:
+    assert DecodeChanges.__annotations__.keys() == DecodeSettings.model_fields.keys()
+    assert load(beam_size=2, strict=True, nbest=None).settings.beam_size == 2
+    with pytest.raises(IsthmusError, match="beam_sise"):
+        load(beam_sise=2)  # type: ignore[call-arg] # what is tested
+
+
+def test_long_speech_is_the_speech_of_its_parts() -> None:
+    """Real digits with pauses between: none is lost, doubled or heard otherwise for the cuts."""
+    folder = os.environ.get("ISTHMUS_SPEECH")
+    if not folder:
+        pytest.skip("ISTHMUS_SPEECH names no speech")
+    cuts = list(read_corpus(str(Path(folder) / "en_digits/dev.jsonl")))[:16]
+    pause = np.random.default_rng(0).normal(0, 1e-4, 9600).astype(np.float32)
+    waveform = np.concatenate([piece for cut in cuts for piece in (load_cut(cut), pause)])
+    transcriber = load(chunk_seconds=4.0, gate="energy", beam_size=1)
+    whole = transcriber.transcribe(waveform)
+    chunks = list(transcriber.chunks(waveform))
+    parts = transcriber.transcribe([chunk.waveform for chunk in chunks])
+    assert len(whole.segments) == len(chunks) >= 4
+    assert [segment.text for segment in whole.segments] == [part.text for part in parts]
+
+
 def test_transcripts_stand_in_the_order_given(build: Build, waves: Waves) -> None:
     transcriber = build()
     audio = [waves(4000 * (1 + 5 * i % 7), seed=i).numpy() for i in range(7)]
@@ -90,6 +224,7 @@ def test_nothing_is_loaded_before_its_batch(build: Build, waves: Waves) -> None:
 def test_chunks_leave_room_for_the_longest_transcript(build: Build, waves: Waves) -> None:
     transcriber = build("gpt2")  # which fails at a position beyond its last
     transcriber.ends = []
+    transcriber.options = replace(transcriber.options, repetition_guard=False)
     assert 2 < transcriber.longest < 30
     heard = transcriber.transcribe(waves(int(transcriber.longest * 16_000)).numpy())
     assert (heard.finish_reason, len(heard.segments)) == ("length", 1)

@@ -18,6 +18,7 @@ from isthmus.speech.audio import (
     SAMPLE_RATE,
     AudioCode,
     AudioError,
+    audio_blocks,
     audio_info,
     load_audio,
 )
@@ -305,6 +306,25 @@ def test_chunk_beyond_any_file_is_no_crash() -> None:
     data = bytearray(encoded(noise(0.1), form="CAF", subtype="PCM_16"))
     data[12:20] = b"\x7f" + 7 * b"\xff"
     assert code_of(bytes(data)) in ("unreadable", "truncated", "empty")
+
+
+@pytest.mark.parametrize(("rate", "channels"), [(16_000, 1), (44_100, 2), (8_000, 1)])
+def test_blocks_of_a_file_are_the_file(rate: int, channels: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (rate * 90, channels))
+    soundfile.write(path, samples, rate)
+    blocks = list(audio_blocks(path))
+    assert len(blocks) > 1
+    np.testing.assert_array_equal(np.concatenate(blocks), load_audio(path))
+
+
+def test_blocks_are_refused_as_the_file_is(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    for samples, code in ((np.zeros(0), "empty"), (np.full(9, np.nan), "non_finite")):
+        soundfile.write(path, samples, 16_000, subtype="FLOAT")
+        with pytest.raises(AudioError) as caught:
+            list(audio_blocks(path))
+        assert caught.value.code == code
 
 
 def test_info_reads_the_header(tmp_path: Path) -> None:

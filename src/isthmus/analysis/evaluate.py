@@ -3,22 +3,25 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lhotse.cut import Cut
 
+from isthmus.analysis.calibration import Calibration, calibrate
+from isthmus.decoding.longform import joined
 from isthmus.decoding.transcriber import Speech, Transcriber
-from isthmus.decoding.transcript import Transcript
+from isthmus.decoding.transcript import Segment, Transcript, together
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
 from isthmus.scoring import SetScores, score_sets
 from isthmus.scoring import normaliser as find_normaliser
-from isthmus.speech.audio import AudioError
+from isthmus.speech.audio import SAMPLE_RATE, AudioError
 from isthmus.speech.corpora import read_corpus, usable
 from isthmus.training.batches import collate, transcript
 
@@ -43,6 +46,18 @@ class Evaluation:
     scores: SetScores
     settings: dict[str, Any]
     left_out: dict[str, Counter[str]] = field(default_factory=dict)  # of each set, by reason
+    feature_cache: str = "none"  # or the precision of the frames that were taken from it
+
+    @property
+    def calibration(self) -> Calibration | None:
+        """Whether words are as often right as their confidence says."""
+        utterances = []
+        for name, items in self.sets.items():
+            alignments = {one.id: one.alignment for one in self.scores.sets[name].utterances}
+            for item in items:
+                sure = [p for part in item.transcript.segments for p in part.confidences]
+                utterances.append((sure, alignments.get(item.cut.id, ())))
+        return calibrate(utterances)
 
     def to_dict(self) -> dict[str, Any]:
         decoded = [item for items in self.sets.values() for item in items]
@@ -51,8 +66,11 @@ class Evaluation:
         return self.scores.to_dict() | {
             "left_out": self.left_out,
             "decode": self.settings,
+            "feature_cache": self.feature_cache,
+            "calibration": self.calibration.to_dict() if self.calibration else None,
             "audio_seconds": audio,
-            "rtfx": audio / computing if computing else None,
+            # Frames that are read say nothing of the time it takes to compute them.
+            "rtfx": audio / computing if computing and self.feature_cache == "none" else None,
         }
 
     def write(self, folder: Path) -> list[Path]:
@@ -101,38 +119,62 @@ def evaluate(
     scores = score_sets(
         {name: _texts(items) for name, items in decoded.items()}, normaliser=normaliser
     )
-    return Evaluation(decoded, scores, transcriber.settings.model_dump(mode="json"), left_out)
+    settings = transcriber.settings.model_dump(mode="json")
+    cache = transcriber.cache
+    return Evaluation(decoded, scores, settings, left_out, cache.precision if cache else "none")
 
 
 def check_ctc(transcriber: Transcriber) -> None:
-    """Raise IsthmusError unless the encoder has a CTC head."""
-    if transcriber.model.encoder.ctc is None:
-        raise IsthmusError(
-            "This run's encoder has no CTC head, it cannot spell by itself. Leave out --ctc."
-        )
+    """Raise IsthmusError unless the encoder has a CTC head that knows its frames."""
+    if transcriber.ctc is None:
+        raise IsthmusError(f"No CTC to score: {transcriber.without_ctc}. Leave out --ctc.")
 
 
 def ctc_scores(transcriber: Transcriber, evaluation: Evaluation) -> SetScores:
-    """What the encoder's own CTC head hears in the utterances of an evaluation, by best path."""
-    check_ctc(transcriber)
-    encoder = transcriber.model.encoder
-    head = encoder.ctc
-    assert head is not None
-    device = next(transcriber.model.parameters()).device
+    """What the encoder's own CTC head hears in the utterances of an evaluation, by best path.
 
-    @torch.inference_mode()
+    Those too long for the model are heard in the same chunks as it heard them.
+    """
+    check_ctc(transcriber)
+
     def hear(speech: list[Speech]) -> list[str]:
-        batch = collate([""] * len(speech), [one.waveform for one in speech], []).to(device)
-        frames, lengths = encoder(batch.waveforms, batch.num_samples)
-        return head.greedy(head.log_probs(frames), lengths)
+        fit = [one.waveform for one in speech if transcriber.fits(one)]
+        heard = iter(_spell(transcriber, fit))
+        return [
+            next(heard) if transcriber.fits(one) else _spell_long(transcriber, one)
+            for one in speech
+        ]
 
     texts: dict[str, tuple[Mapping[str, str], Mapping[str, str]]] = {}
     for name, items in evaluation.sets.items():
         cuts = [item.cut for item in items]
-        found = {cuts[r.index].id: r.found for r in transcriber.each_batch(cuts, hear)}
+        durations = [cut.duration for cut in cuts]
+        found = {cuts[r.index].id: r.found for r in transcriber.each_batch(cuts, durations, hear)}
         hypotheses = {id: text for id, text in found.items() if isinstance(text, str)}
         texts[name] = ({cut.id: transcript(cut) for cut in cuts}, hypotheses)
     return score_sets(texts, normaliser=evaluation.scores.pooled.normaliser)
+
+
+@torch.inference_mode()
+def _spell(transcriber: Transcriber, waveforms: Sequence[np.ndarray]) -> list[str]:
+    head = transcriber.ctc
+    assert head is not None
+    if not waveforms:
+        return []
+    device = next(transcriber.model.parameters()).device
+    batch = collate([""] * len(waveforms), waveforms, []).to(device)
+    frames, lengths = transcriber.model.encoder(batch.waveforms, batch.num_samples)
+    return head.greedy(head.log_probs(frames), lengths)
+
+
+def _spell_long(transcriber: Transcriber, speech: Speech) -> str:
+    def segments() -> Iterator[tuple[Segment, float]]:
+        for chunk in transcriber.chunks(speech.waveform):
+            [text] = _spell(transcriber, [chunk.waveform])
+            end = chunk.start + len(chunk.waveform) / SAMPLE_RATE
+            yield Segment(chunk.start, end, text), chunk.overlap
+
+    return together(segment.text for segment in joined(segments()))
 
 
 def load_sets(corpora: Sequence[str]) -> tuple[dict[str, list[Cut]], dict[str, Counter[str]]]:

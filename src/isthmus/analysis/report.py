@@ -11,9 +11,10 @@ from html import escape
 from pathlib import Path
 
 from isthmus.analysis.alignment import Alignment, monotonicity
+from isthmus.analysis.calibration import Calibration
 from isthmus.analysis.emergence import Emergence
 from isthmus.analysis.figures import DASH, count_text, duration_html, interval_text, rate_text
-from isthmus.analysis.svg import Series, heat_map, line_chart, moving_mean
+from isthmus.analysis.svg import Series, heat_map, line_chart, moving_mean, reliability_chart
 from isthmus.scoring import Score, SetScores, score
 
 STYLE = Path(__file__).with_suffix(".css")
@@ -82,6 +83,7 @@ class Report:
     scores: SetScores | None = None
     curves: Curves | None = None
     training_seconds: float | None = None
+    calibration: Calibration | None = None
     examples: Sequence[Example] = ()
     alignments: Sequence[Alignment] = ()
     transcripts: Mapping[str, str] | None = None  # of the user's own files, by name
@@ -106,6 +108,7 @@ def render(report: Report) -> str:
         _model(report.parts),
         _curves(report.curves),
         _scores(report.scores),
+        _calibration(report.calibration),
         _examples(report.examples),
         _alignments(report.alignments),
         _transcripts(report.transcripts or {}),
@@ -242,6 +245,19 @@ def _scores(scores: SetScores | None) -> str:
         note += f" {len(pooled.missing):,} utterances without a hypothesis count as empty."
     titles = ("Set", "Utterances", "Words", "WER %", "95 % interval", "CER %")
     return _section("Error rates", _table("scores", titles, rows) + _note(escape(note)))
+
+
+def _calibration(found: Calibration | None) -> str:
+    if found is None:
+        return ""
+    points = [(one.confidence, one.right, one.words) for one in found.bins]
+    chart = reliability_chart(points, label="Share of right words by their confidence")
+    text = (
+        f"The confidence of a word is the probability of its tokens. Over {found.words:,} words it "
+        f"is off by {100 * found.error:.1f} % on average (expected calibration error); on the line "
+        "it would be right as often as it says. A larger dot stands for more words."
+    )
+    return _section("How sure, how right", f"<figure>{chart}</figure>{_note(escape(text))}")
 
 
 def _examples(examples: Sequence[Example]) -> str:

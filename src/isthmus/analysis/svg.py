@@ -98,6 +98,33 @@ def line_chart(
     return _drawing(CHART_HEIGHT, label, parts)
 
 
+def reliability_chart(points: Sequence[tuple[float, float, int]], *, label: str) -> str:
+    """Share of right words over confidence; points are (confidence, right, words) of each bin.
+
+    On the diagonal the model is as sure as it is right. A dot's area grows with its words.
+    """
+    across, high = WIDTH - LEFT - RIGHT, CHART_HEIGHT - TOP - BOTTOM
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return LEFT + across * x, CHART_HEIGHT - BOTTOM - high * y
+
+    parts = []
+    for value in ticks(0.0, 1.0):
+        x, y = place(value, value)
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDTH - RIGHT}"/>')
+        parts.append(_text(LEFT - 8, y + 4, f"{100 * value:.0f} %", "end"))
+        parts.append(_text(x, CHART_HEIGHT - BOTTOM + 18, f"{100 * value:.0f} %", "middle"))
+    (x0, y0), (x1, y1) = place(0, 0), place(1, 1)
+    parts.append(f'<path class="line trend" d="M{x0:.1f} {y0:.1f}L{x1:.1f} {y1:.1f}"/>')
+    parts.append(_text(LEFT + across / 2, CHART_HEIGHT - 4, "confidence of a word", "middle"))
+    most = max((words for _, _, words in points), default=1)
+    for confidence, right, words in points:
+        x, y = place(confidence, right)
+        radius = 2 + 6 * math.sqrt(words / most)
+        parts.append(f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}"/>')
+    return _drawing(CHART_HEIGHT, label, parts)
+
+
 def heat_map(
     values: NDArray[np.floating], tokens: Sequence[str], seconds: float, *, label: str
 ) -> str:

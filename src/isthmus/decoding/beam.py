@@ -15,7 +15,7 @@ of the LLM, V tokens.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +27,7 @@ from isthmus.model.llm import LLM
 
 CYCLES = range(1, 21)  # lengths, in tokens, of what a hypothesis may not repeat ...
 REPEATS = 8  # ... so many times
+BROKEN_OFF: tuple[FinishReason, ...] = ("repetition", "deadline")
 BLOCK = 64  # tokens of the vocabulary that are compared as one
 
 
@@ -35,7 +36,8 @@ class Hypothesis:
     """Tokens without the end token.
 
     `log_probs` are the language model's of each token, the end token's last if there is one.
-    `score` is their sum, with what scorers added, divided by length ** length_penalty.
+    `score` is their sum, with what scorers added, divided by length ** length_penalty; where a
+    repetition was cut off, that of the text with it.
     """
 
     tokens: list[int]
@@ -116,15 +118,16 @@ class Rules:
         )
 
     def without_repetition(self, one: Open) -> Hypothesis | None:
-        """The hypothesis with its cycle once, if it ends in one; scored as if it ended there."""
+        """The hypothesis with its cycle once, if it ends in one.
+
+        It keeps its own score: that of the rest would be of a text nobody meant to end there.
+        """
         cycle = repetition(one.tokens) if self.options.repetition_guard else 0
         if not cycle:
             return None
         length = len(one.tokens) - (REPEATS - 1) * cycle
-        log_probs = one.log_probs[:length]
-        total = sum(log_probs)
-        once = Open(one.tokens[:length], log_probs, total)
-        return self.hypothesis(once, total, "repetition")
+        whole = self.hypothesis(one, one.total, "repetition")
+        return replace(whole, tokens=one.tokens[:length], log_probs=one.log_probs[:length])
 
 
 @dataclass
@@ -177,12 +180,15 @@ class Search:
 
     def _prune(self) -> None:
         rules = self.rules
-        self.finished.sort(key=lambda hypothesis: -hypothesis.score)
+        ended = any(one.finish_reason == "stop" for one in self.finished)
+        # a loop is likelier by the token than any sentence
+        self.finished.sort(key=lambda one: (ended and one.finish_reason in BROKEN_OFF, -one.score))
         del self.finished[rules.beam_size :]
         if self.open and len(self.finished) == rules.beam_size:
             length = len(self.open[0].tokens)
             best = self.open[0].total / length**rules.length_penalty
-            if rules.options.early_stopping or best <= self.finished[-1].score:
+            worst = min(one.score for one in self.finished)
+            if rules.options.early_stopping or best <= worst:
                 self.open = []
 
 
@@ -200,7 +206,9 @@ def beam_search(
 ) -> list[list[Hypothesis]]:
     """Best hypotheses of each prompt (L, E), best first, at most `limits` tokens long.
 
-    The end token counts as one. It is fastest with prompts of like length.
+    Beside one that came to its end, those broken off by the repetition guard or the deadline are
+    the last, whatever their scores. The end token counts as one token. It is fastest with prompts
+    of like length.
     """
     rules = Rules(frozenset(end_tokens), beam_size, length_penalty, options)
     until = math.inf if options.deadline is None else time.monotonic() + options.deadline

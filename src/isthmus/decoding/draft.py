@@ -2,9 +2,10 @@
 
 The language model reads the draft as if it had written it, in one pass with the prompt, and says
 at each token what it would have written. Up to the first disagreement that is what it writes; from
-there the rest of the draft is put behind its own word and read again. The tokens are those of
-greedy search without a draft, whatever the draft (speculative decoding, arXiv 2211.17192, with
-the most probable token in place of a sample).
+there more of the draft is put behind its own word and read again, the less the worse it was. What
+was rejected is forgotten: the cache never holds more than the batch has written. The tokens are
+those of greedy search without a draft, whatever the draft (speculative decoding, arXiv 2211.17192,
+with the most probable token in place of a sample).
 
 Shapes: N utterances still open, M tokens read in a pass, S slots of the cache, L prompt positions,
 E width of the LLM, V tokens.
@@ -13,7 +14,7 @@ E width of the LLM, V tokens.
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from isthmus.decoding.beam import (
 from isthmus.decoding.steps import MaskedSteps, open_steps
 from isthmus.model.llm import LLM
 
+AHEAD = 16  # tokens of a draft that are read, at most, after one that was wrong at once ...
+TRUST = 4  # ... or that many times those that were right
 WINDOW = 4  # tokens around a disagreement where the draft may go on
 
 
@@ -54,25 +57,34 @@ def draft_search(
     rules = Rules(frozenset(end_tokens), 1, length_penalty, options)
     until = math.inf if options.deadline is None else time.monotonic() + options.deadline
     readings = [
-        _Reading(Search(i, limit, rules, [Open([], [], 0.0)]), list(draft))
+        _Reading(Search(i, limit, rules, [Open([], [], 0.0)]), list(draft), len(draft))
         for i, (limit, draft) in enumerate(zip(limits, drafts, strict=True))
     ]
-    for batch in [[reading] for reading in readings] if options.strict else [readings]:
-        own = [prompts[reading.search.index] for reading in batch]
-        steps = open_steps(llm, own, max(limits)) if batch else None
-        if isinstance(steps, MaskedSteps):
-            _run(llm, steps, batch, until)
-        elif batch:  # nothing but the cache itself would tell the network what to forget
-            return beam_search(
-                llm,
-                prompts,
-                limits,
-                end_tokens,
-                beam_size=1,
-                length_penalty=length_penalty,
-                options=options,
-            )
-    return [reading.search.finished for reading in readings]
+    batches = [[reading] for reading in readings] if options.strict else [readings]
+    return [one for batch in batches if batch for one in _decode(llm, prompts, batch, until)]
+
+
+def _decode(
+    llm: LLM, prompts: Sequence[Tensor], batch: list["_Reading"], until: float
+) -> list[list[Hypothesis]]:
+    own = [prompts[reading.search.index] for reading in batch]
+    limits = [reading.search.limit for reading in batch]
+    steps = open_steps(llm, own, max(limits))
+    if isinstance(steps, MaskedSteps):
+        _run(llm, steps, batch, until)
+        return [reading.search.finished for reading in batch]
+    # nothing but the cache itself would tell the network what to forget
+    rules = batch[0].search.rules
+    left = None if until == math.inf else max(0.0, until - time.monotonic())
+    return beam_search(
+        llm,
+        own,
+        limits,
+        sorted(rules.end_tokens),
+        beam_size=1,
+        length_penalty=rules.length_penalty,
+        options=replace(rules.options, deadline=left),
+    )
 
 
 @dataclass
@@ -81,12 +93,13 @@ class _Reading:
 
     search: Search
     draft: list[int]
+    ahead: int  # tokens of the draft that may be read in the next pass; 0 for ever: given up
     place: int = 0  # in the draft, of the next token
     proposed: list[int] = field(default_factory=list)  # of the draft, to be read in the next pass
 
     def propose(self) -> list[int]:
         room = self.search.limit - len(self.search.open[0].tokens) - 1
-        self.proposed = self.draft[self.place : self.place + room]
+        self.proposed = self.draft[self.place : self.place + min(room, self.ahead)]
         return self.proposed
 
     def accept(self, log_probs: Sequence[float], tokens: Sequence[int]) -> int:
@@ -99,6 +112,7 @@ class _Reading:
             if not self.search.open or not agreed:
                 break
         self.place = realigned(self.draft, self.place + count, token)
+        self.ahead = max(min(self.ahead // 2, AHEAD), TRUST * count)
         return count
 
 
@@ -153,8 +167,10 @@ def _read(steps: MaskedSteps, tokens: Tensor, real: Tensor) -> Tensor:
 
 def _keep(steps: MaskedSteps, accepted: Sequence[int], length: int) -> None:
     """Of the last `length` slots, see the first `accepted` of each utterance from now on."""
+    longest = max(accepted)
+    steps.cache.crop(longest - length)
     count = torch.tensor(accepted, device=steps.seen.device)
-    kept = torch.arange(length, device=count.device) < count[:, None]
+    kept = torch.arange(longest, device=count.device) < count[:, None]
     steps.seen = torch.cat([steps.seen, torch.where(kept, 0, steps.unseen)[:, None]], dim=2)
     steps.lengths = steps.lengths + count
 

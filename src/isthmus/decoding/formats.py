@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from isthmus.decoding.transcript import Segment, Transcript, Word
+from isthmus.decoding.transcript import Segment, Transcript, Word, gap, words_of
 from isthmus.errors import IsthmusError, suggest
 from isthmus.files import write_atomic
 
@@ -91,15 +91,20 @@ def as_json(transcript: Transcript) -> str:
 def transcript_dict(transcript: Transcript) -> dict[str, Any]:
     """Whisper's keys and, behind them, isthmus' own, for JSON.
 
-    As in Whisper the texts of segments and words begin with the space that parts them from what
-    comes before. What Whisper decides by other means is told by what was decided here:
+    As in Whisper the texts of segments and words begin with the space, if any, that parts them from
+    what comes before. What Whisper decides by other means is told by what was decided here:
     `no_speech_prob` is 1 where nothing was heard and 0 elsewhere, `temperature` is 0 (the search
     draws nothing by lot), `seek` is the segment's own start (in frames of 10 ms). A number that is
     not finite is null.
     """
+    before = ""
+    segments = []
+    for number, segment in enumerate(transcript.segments):
+        segments.append(_segment(number, segment, before or segment.text))
+        before = segment.text or before
     return {
         "text": transcript.text,
-        "segments": [_segment(number, one) for number, one in enumerate(transcript.segments)],
+        "segments": segments,
         "language": transcript.language,
         "duration": transcript.duration,
         "finish_reason": transcript.finish_reason,
@@ -118,8 +123,12 @@ RENDERERS: dict[str, Callable[[Transcript, Layout], str]] = {
 }
 
 
-def check_outputs(audio: Iterable[str | Path]) -> None:
-    """Call before anything is decoded: raises IsthmusError where two outputs would be one file."""
+def check_outputs(audio: Iterable[str | Path], output_format: str = "all") -> None:
+    """Call before anything is decoded.
+
+    Raises IsthmusError for an unknown format, and where two outputs would be one file.
+    """
+    _formats(output_format)
     by_stem: dict[str, str] = {}
     for one in map(str, audio):
         other = by_stem.setdefault(Path(one).stem, one)
@@ -142,17 +151,22 @@ def write_transcript(
     A file is replaced as a whole or not at all. Two recordings of one stem share their files:
     see check_outputs. Raises IsthmusError for an unknown format, and OSError.
     """
+    paths = []
+    for name in _formats(output_format):
+        paths.append(Path(output_dir) / f"{Path(audio).stem}.{name}")
+        write_atomic(paths[-1], RENDERERS[name](transcript, layout))
+    return paths
+
+
+def _formats(output_format: str) -> list[str]:
+    """The formats that a name stands for; raises IsthmusError for one that is unknown."""
     known = [*RENDERERS, "all"]
     if output_format not in known:
         raise IsthmusError(
             f"Unknown output format {output_format!r}; there are {', '.join(known)}."
             f"{suggest(output_format, known)}"
         )
-    paths = []
-    for name in RENDERERS if output_format == "all" else [output_format]:
-        paths.append(Path(output_dir) / f"{Path(audio).stem}.{name}")
-        write_atomic(paths[-1], RENDERERS[name](transcript, layout))
-    return paths
+    return list(RENDERERS) if output_format == "all" else [output_format]
 
 
 def _spoken(segments: Sequence[Segment]) -> Iterator[Segment]:
@@ -209,14 +223,17 @@ def _words(segment: Segment) -> list[Word]:
     return list(segment.words) or [Word(segment.text, segment.start, segment.end, 0.0)]
 
 
-def _line(words: Iterable[Word]) -> str:
-    return " ".join(word.text for word in words)
+def _line(words: Sequence[Word], marked: Word | None = None) -> str:
+    """Words on one line, one of them underlined."""
+    shown = (f"<u>{word.text}</u>" if word is marked else word.text for word in words)
+    gaps = ["", *(gap(one.text, other.text) for one, other in pairwise(words))]
+    return _no_arrow("".join(map("".join, zip(gaps, shown, strict=True))))
 
 
 def _cues_of(lines: list[list[Word]], highlight: bool) -> Iterator[Cue]:
     """One cue, or with `highlight` one for each word and for each moment between words."""
     words = [word for line in lines for word in line]
-    plain = "\n".join(_no_arrow(_line(line)) for line in lines)
+    plain = "\n".join(map(_line, lines))
     if not highlight:
         yield words[0].start, words[-1].end, plain
         return
@@ -224,16 +241,8 @@ def _cues_of(lines: list[list[Word]], highlight: bool) -> Iterator[Cue]:
     for said in words:
         if _milliseconds(said.start) > _milliseconds(last):
             yield last, said.start, plain
-        marked = [
-            " ".join(_underlined(word) if word is said else _no_arrow(word.text) for word in line)
-            for line in lines
-        ]
-        yield said.start, said.end, "\n".join(marked)
+        yield said.start, said.end, "\n".join(_line(line, said) for line in lines)
         last = said.end
-
-
-def _underlined(word: Word) -> str:
-    return f"<u>{_no_arrow(word.text)}</u>"
 
 
 def _no_arrow(text: str) -> str:
@@ -253,7 +262,8 @@ def _clock(seconds: float, marker: str, always_hours: bool) -> str:
     return f"{front}{minutes:02d}:{whole:02d}{marker}{part:03d}"
 
 
-def _segment(number: int, segment: Segment) -> dict[str, Any]:
+def _segment(number: int, segment: Segment, before: str) -> dict[str, Any]:
+    """`before` is the text that this one's gap, if any, parts it from."""
     text = segment.text.encode()
     probabilities = segment.token_log_probs
     found: dict[str, Any] = {
@@ -261,7 +271,7 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
         "seek": round(100 * segment.start),
         "start": round(segment.start, 3),
         "end": round(segment.end, 3),
-        "text": segment.text and f" {segment.text}",
+        "text": segment.text and gap(before, segment.text) + segment.text,
         "tokens": list(segment.tokens),
         "temperature": 0.0,
         "avg_logprob": _finite(
@@ -270,15 +280,17 @@ def _segment(number: int, segment: Segment) -> dict[str, Any]:
         "compression_ratio": len(text) / len(zlib.compress(text)),
         "no_speech_prob": float(segment.finish_reason == "no_speech"),
     }
+    if len(segment.confidences) == len(words_of(segment.text)):
+        found["confidences"] = list(segment.confidences)
     if segment.words:
         found["words"] = [
             {
-                "word": f" {word.text}",
+                "word": gap(previous.text, word.text) + word.text,
                 "start": round(word.start, 3),
                 "end": round(word.end, 3),
                 "probability": word.confidence,
             }
-            for word in segment.words
+            for previous, word in pairwise([segment.words[0], *segment.words])
         ]
     if segment.alternatives:
         found["alternatives"] = [

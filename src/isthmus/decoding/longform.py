@@ -9,16 +9,16 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
-from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from functools import cached_property
+from itertools import pairwise
+from typing import TypeAlias
 
 import numpy as np
-import soxr
 
-from isthmus.decoding.transcript import Segment, Word
+from isthmus.decoding.transcript import UNSPACED, Segment, Word, words_of
 from isthmus.errors import IsthmusError
 from isthmus.speech.activity import Region, speech_regions
-from isthmus.speech.audio import SAMPLE_RATE, _open, _to_mono
+from isthmus.speech.audio import SAMPLE_RATE
 
 OVERLAP_SECONDS = 2.0  # five words or so
 LONGEST_SILENCE_SECONDS = 1.0  # within a chunk; a longer one is dropped
@@ -28,8 +28,6 @@ WORDS_PER_SECOND = 5.0  # of fast speech: how many words an overlap may hold
 LETTERS_PER_SECOND = 10.0  # the same where no spaces divide words
 SIMILAR = 0.6  # ratio of difflib, from which one word may be the other cut off
 SAME_WORD_SECONDS = 0.75  # how far apart two decodings may place one word
-# Thai, Lao, Burmese, Khmer, kana, Han: written without spaces, aligned letter by letter.
-_NO_SPACES = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")
 
 Detect: TypeAlias = Callable[[np.ndarray], list[Region]]
 
@@ -59,6 +57,7 @@ class Chunks(Iterator[Chunk]):
         self._ended = False  # no block is left to read
         self._heard_to = 0  # the end of the latest chunk
         self._num_heard = 0
+        self._found: list[tuple[int, int]] = []  # the speech that was last detected
 
     @property
     def duration(self) -> float:
@@ -100,24 +99,27 @@ class Chunks(Iterator[Chunk]):
 
         The end is 0 where nothing can be said before the silence is dropped.
         """
+        known = self._known()
+        plan = self._to_silence(known, _pauses(known))
+        if plan is not None:  # what was seen before says it
+            return plan
         sight = self._buffer[: self._max + self._silence]
         last = self._ended and len(sight) == len(self._buffer)
-        regions = [
-            (int(start * SAMPLE_RATE), min(len(sight), round(end * SAMPLE_RATE)))
+        begin = self._position
+        self._found = [
+            (begin + int(start * SAMPLE_RATE), begin + min(len(sight), round(end * SAMPLE_RATE)))
             for start, end in self._detect(sight)
         ]
+        regions = self._known()
         if not regions:
             # The silence at the end of what is seen may be the beginning of a word.
             return (len(sight) if last else len(sight) - self._silence), 0, 0
-        first = regions[0][0]
-        if first > self._silence:
-            return first, 0, 0
-        pauses = list(zip([end for _, end in regions], [s for s, _ in regions[1:]], strict=False))
+        pauses = _pauses(regions)
         if last or len(sight) - regions[-1][1] > self._silence:
             pauses.append((regions[-1][1], len(sight)))
-        for end, begin in pauses:
-            if begin - end > self._silence and end <= self._max:
-                return 0, end, end
+        plan = self._to_silence(regions, pauses)
+        if plan is not None:
+            return plan
         if last and len(sight) <= self._max:
             return 0, len(sight), len(sight)
         middles = [(end + begin) // 2 for end, begin in pauses]
@@ -126,6 +128,22 @@ class Chunks(Iterator[Chunk]):
             return 0, within[-1], within[-1]
         quiet = self._quietest(sight)
         return 0, quiet + self._overlap // 2, quiet - self._overlap // 2
+
+    def _known(self) -> list[tuple[int, int]]:
+        """The speech that was detected last, in samples of the buffer as it is now."""
+        begin = self._position
+        return [(max(0, a - begin), b - begin) for a, b in self._found if b > begin]
+
+    def _to_silence(
+        self, regions: list[tuple[int, int]], pauses: list[tuple[int, int]]
+    ) -> tuple[int, int, int] | None:
+        """The plan where a silence comes that is too long for a chunk."""
+        if regions and regions[0][0] > self._silence:
+            return regions[0][0], 0, 0
+        for end, begin in pauses:
+            if begin - end > self._silence and end <= self._max:
+                return 0, end, end
+        return None
 
     def _quietest(self, sight: np.ndarray) -> int:
         """The quietest sample of the chunk's second half at which an overlap can be centred."""
@@ -149,6 +167,11 @@ class Chunks(Iterator[Chunk]):
         self._position += num_samples
 
 
+def _pauses(regions: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """From the end of each region to the beginning of the next."""
+    return [(end, begin) for (_, end), (begin, _) in pairwise(regions)]
+
+
 def split(
     audio: np.ndarray | Iterable[np.ndarray],
     max_seconds: float,
@@ -168,23 +191,6 @@ def split(
         )
     blocks = [audio] if isinstance(audio, np.ndarray) else audio
     return Chunks(blocks, max_seconds, overlap_seconds, detect)
-
-
-def audio_blocks(source: str | Path | bytes | BinaryIO) -> Iterator[np.ndarray]:
-    """Blocks (n,) of the 16 kHz mono waveform of a file, as `load_audio` would give it in one.
-
-    Raises AudioError, possibly after the first blocks.
-    """
-    with _open(source) as reader:
-        stream = soxr.ResampleStream(
-            reader.sample_rate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ"
-        )
-        for block in reader.blocks(0.0, None):
-            mono = _to_mono(block, None, reader.name)
-            yield mono if reader.sample_rate == SAMPLE_RATE else stream.resample_chunk(mono)
-        if reader.sample_rate != SAMPLE_RATE:
-            yield stream.resample_chunk(np.zeros(0, np.float32), last=True)
-        reader.check_complete()
 
 
 def joined(segments: Iterable[tuple[Segment, float]]) -> Iterator[Segment]:
@@ -211,10 +217,10 @@ def join(previous: Segment, following: Segment, overlap_seconds: float) -> tuple
     """
     if overlap_seconds <= 0 or not previous.text or not following.text:
         return previous, following
-    letters = bool(_NO_SPACES.search(previous.text + following.text))
+    letters = UNSPACED.search(previous.text + following.text)
     rate = LETTERS_PER_SECOND if letters else WORDS_PER_SECOND
     reach = int(overlap_seconds * rate) + 2
-    before, after = _units(previous, letters), _units(following, letters)
+    before, after = _units(previous), _units(following)
     timed = all(word is not None for word in (*before.words, *after.words))
     tail = max(0, len(before.texts) - reach)
     begin = following.start
@@ -229,24 +235,33 @@ def join(previous: Segment, following: Segment, overlap_seconds: float) -> tuple
 
 @dataclass(frozen=True)
 class _Units:
-    """What is aligned: words, or letters, with their times where they are known."""
+    """The words of a segment that are aligned, with their times where they are known."""
 
-    texts: list[str]
+    found: list[re.Match[str]]  # in the segment's text
     words: list[Word | None]
-    space: str  # between them
+
+    @cached_property
+    def texts(self) -> list[str]:
+        return [one[0] for one in self.found]
+
+    @property
+    def whole(self) -> str:
+        """The part of the segment's text that they are."""
+        if not self.found:
+            return ""
+        return self.found[0].string[self.found[0].start() : self.found[-1].end()]
 
     def from_(self, index: int) -> "_Units":
-        return _Units(self.texts[index:], self.words[index:], self.space)
+        return _Units(self.found[index:], self.words[index:])
 
     def to(self, index: int) -> "_Units":
-        return _Units(self.texts[:index], self.words[:index], self.space)
+        return _Units(self.found[:index], self.words[:index])
 
 
-def _units(segment: Segment, letters: bool) -> _Units:
-    texts = list(segment.text) if letters else segment.text.split()
-    timed = not letters and len(segment.words) == len(texts)
-    words: list[Word | None] = list(segment.words) if timed else [None] * len(texts)
-    return _Units(texts, words, "" if letters else " ")
+def _units(segment: Segment) -> _Units:
+    found = words_of(segment.text)
+    timed = len(segment.words) == len(found)
+    return _Units(found, list(segment.words) if timed else [None] * len(found))
 
 
 def _seam(tail: _Units, head: _Units, middle: float) -> tuple[int, int]:
@@ -352,12 +367,14 @@ def _cut(
     first = next(iter(after.words), None)
     if first is not None:
         seam = max(previous.start, first.start)
-    known = [word for word in before.words if word is not None]
-    words = tuple(known or (word for word in previous.words if _centre(word) < seam))
-    known = [word for word in after.words if word is not None]
-    others = tuple(known or (word for word in following.words if _centre(word) >= seam))
+    words = tuple(word for word in before.words if word is not None)
+    if None in before.words:  # they are not those of the text
+        words = tuple(word for word in previous.words if _centre(word) < seam)
+    others = tuple(word for word in after.words if word is not None)
+    if None in after.words:
+        others = tuple(word for word in following.words if _centre(word) >= seam)
     end = max(following.end, seam)
     return (
-        replace(previous, end=seam, text=before.space.join(before.texts), words=words),
-        replace(following, start=seam, end=end, text=after.space.join(after.texts), words=others),
+        replace(previous, end=seam, text=before.whole, words=words),
+        replace(following, start=seam, end=end, text=after.whole, words=others),
     )

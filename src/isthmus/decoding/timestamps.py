@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
-from isthmus.decoding.transcript import Word
+from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC
 from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder
@@ -111,14 +111,14 @@ def load_ctc(path: str, revision: str | None = None) -> CTCModel:
 def align_words(
     log_probs: Tensor, text: str, ctc: CTCModel, waveform: np.ndarray
 ) -> tuple[Word, ...]:
-    """The words of `text` (what spaces part) with the times they were said at.
+    """The words of `text` (see `words_of`) with the times they were said at.
 
     `log_probs` (T, V) are what `ctc` makes of `waveform` (S,), 16 kHz. Words come in the order of
     the text, never overlap and lie within the audio. A word's confidence is the mean probability
     of its letters in the frames that spell them. A text of more letters than there are frames for
     is spread over the audio by its letters, with confidence 0.
     """
-    words = text.split()
+    words = [word[0] for word in words_of(text)]
     if not words:
         return ()
     spelled = [spell(word, ctc.tokenizer) for word in words]

@@ -1,6 +1,5 @@
 """From audio to text with a trained run."""
 
-import contextlib
 import itertools
 import logging
 import math
@@ -9,16 +8,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, TypeAlias, TypeVar, overload
+from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
 
 import numpy as np
 import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
-from isthmus.decoding.beam import Hypothesis, SearchOptions, beam_search
+from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search
+from isthmus.decoding.confidence import word_confidences
 from isthmus.decoding.draft import draft_search
-from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, audio_blocks, joined, split
+from isthmus.decoding.fusion import Hotwords, NGramFusion, read_arpa
+from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, split
 from isthmus.decoding.timestamps import CTCModel, align_words, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
 from isthmus.errors import IsthmusError
@@ -26,8 +27,14 @@ from isthmus.model.parts import ASSETS
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import DecodeSettings, change_settings
-from isthmus.speech.activity import Region, speech_regions
-from isthmus.speech.audio import SAMPLE_RATE, AudioError, audio_info, load_audio
+from isthmus.speech.activity import Region, has_speech, speech_regions
+from isthmus.speech.audio import (
+    SAMPLE_RATE,
+    audio_blocks,
+    audio_info,
+    check_samples,
+    load_audio,
+)
 from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import collate
 from isthmus.training.data import feature_cache
@@ -79,7 +86,9 @@ class Transcriber:
         self.model = model.eval()
         self.settings = settings
         self.cache = cache
-        self.aligner = aligner or model.encoder.ctc
+        # The head of an encoder that was trained on does not know what its frames became.
+        self.ctc = model.encoder.ctc if model.tune["encoder"] == "frozen" else None
+        self.aligner = aligner.to(self._device) if aligner is not None else self.ctc
         self.ends = model.llm.end_tokens(model.end_token)
         self.options = SearchOptions(
             early_stopping=settings.early_stopping,
@@ -87,69 +96,88 @@ class Transcriber:
             deadline=settings.deadline,
             strict=settings.strict,
         )
-        self.drafts = settings.drafts and settings.beam_size == 1 and model.encoder.ctc is not None
+        self.scorers = _scorers(settings, model.llm.tokenizer)
+        greedy = settings.beam_size == 1 and not self.scorers
+        self.drafts = settings.drafts and greedy and self.ctc is not None
         if self.drafts:
-            log.info("greedy search reads drafts of the encoder's CTC head: same text, fewer steps")
+            log.info("greedy search reads drafts of the encoder's CTC head")
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.projector.parameters()).device
 
     @overload
     def transcribe(self, audio: Audio, *, word_timestamps: bool = False) -> Transcript: ...
 
     @overload
     def transcribe(
-        self, audio: list[Audio], *, word_timestamps: bool = False
+        self, audio: Sequence[Audio], *, word_timestamps: bool = False
     ) -> list[Transcript]: ...
 
     def transcribe(
-        self, audio: Audio | list[Audio], *, word_timestamps: bool = False
+        self, audio: Audio | Sequence[Audio], *, word_timestamps: bool = False
     ) -> Transcript | list[Transcript]:
-        """One transcript, or a list for a list.
+        """One transcript, or a list for a list, a tuple or another sequence.
 
-        Audio is a path, bytes, 16 kHz samples (S,), or a cut of a corpus, of any length. Raises
-        IsthmusError for what cannot be read; `results` goes on with the others.
+        Audio is a path, bytes, 16 kHz samples (S,) as floats of full scale 1, or a cut of a corpus,
+        of any length. Raises IsthmusError for what cannot be read; `results` goes on with the
+        others.
         """
-        items = audio if isinstance(audio, list) else [audio]
+        alone = not isinstance(audio, Sequence) or isinstance(audio, str | bytes | bytearray)
+        items = cast(Sequence[Audio], [audio] if alone else audio)
         transcripts: dict[int, Transcript] = {}
         for result in self.results(items, word_timestamps=word_timestamps):
             if isinstance(result.found, IsthmusError):
                 raise result.found
             transcripts[result.index] = result.found
         in_order = [transcripts[index] for index in range(len(items))]
-        return in_order if isinstance(audio, list) else in_order[0]
+        return in_order[0] if alone else in_order
 
     def results(
         self, audio: Sequence[Audio], *, word_timestamps: bool = False
     ) -> Iterator[Result[Transcript]]:
         """A transcript or a fault of each, as soon as it is known: the shortest audio first."""
         self.check_words(word_timestamps)
-        long = {i for i, one in enumerate(audio) if _seconds(one) > self.longest}
-        short = [index for index in range(len(audio)) if index not in long]
+        durations: dict[int, float] = {}
+        for index, one in enumerate(audio):
+            try:
+                durations[index] = _seconds(one)
+            except IsthmusError as error:
+                yield Result(index, error)
+        short = [index for index in durations if durations[index] <= self.longest]
 
         def hear(speech: list[Speech]) -> list[Transcript]:
-            if any(one.seconds > self.longest for one in speech):  # their headers did not say so
-                chunks = [self._split(one.waveform) for one in speech]
-                found = [tuple(self._segments(own, word_timestamps)) for own in chunks]
-            else:
-                found = [(segment,) for segment in self._hear(speech, word_timestamps)]
+            heard = iter(self._hear([one for one in speech if self.fits(one)], word_timestamps))
+            found = [
+                (next(heard),)
+                if self.fits(one)  # else it is longer than was said of it
+                else tuple(self._segments(self.chunks(one.waveform), word_timestamps))
+                for one in speech
+            ]
             return [Transcript(own, one.seconds) for own, one in zip(found, speech, strict=True)]
 
-        for result in self.each_batch([audio[index] for index in short], hear):
+        batches = self.each_batch([audio[i] for i in short], [durations[i] for i in short], hear)
+        for result in batches:
             found = result.found
             if isinstance(found, Transcript):
                 found = replace(found, seconds=result.seconds)
             yield replace(result, index=short[result.index], found=found)
-        for index in sorted(long):
+        for index in sorted(durations.keys() - set(short)):
             yield self._long(index, audio[index], word_timestamps)
 
     def stream(self, audio: Audio, *, word_timestamps: bool = False) -> Iterator[Segment]:
         """The segments of a recording of any length, in order, as they are decoded."""
         self.check_words(word_timestamps)
-        yield from self._segments(self._chunks(audio), word_timestamps)
+        yield from self._segments(self.chunks(audio), word_timestamps)
 
     def each_batch(
-        self, audio: Sequence[Audio], hear: Callable[[list[Speech]], list[Heard]]
+        self,
+        audio: Sequence[Audio],
+        durations: Sequence[float],
+        hear: Callable[[list[Speech]], list[Heard]],
     ) -> Iterator[Result[Heard]]:
         """What `hear` finds in batches of utterances of like length, or the fault of each."""
-        order = sorted(range(len(audio)), key=lambda index: _seconds(audio[index]))
+        order = sorted(range(len(audio)), key=lambda index: durations[index])
         for start in range(0, len(order), self.settings.batch_size):
             loaded: dict[int, Speech] = {}
             for index in order[start : start + self.settings.batch_size]:
@@ -172,9 +200,16 @@ class Transcriber:
         """Raise IsthmusError if words are wanted and nothing can tell when they were said."""
         if wanted and self.aligner is None:
             raise IsthmusError(
-                "Word timestamps need a CTC model, and this run's encoder has no CTC head. Name "
-                "one with --align-model."
+                f"Word timestamps need a CTC model, and {self.without_ctc}. Name one with "
+                "--align-model."
             )
+
+    @property
+    def without_ctc(self) -> str:
+        """Why the encoder cannot spell by itself, where it cannot."""
+        if self.model.encoder.ctc is None:
+            return "this run's encoder has no CTC head"
+        return "this run trained its encoder (encoder.tune), for which its CTC head is too old"
 
     @cached_property
     def longest(self) -> float:
@@ -194,21 +229,26 @@ class Transcriber:
         """A recording that is decoded in chunks."""
         started = time.perf_counter()
         try:
-            chunks = self._chunks(audio)
+            chunks = self.chunks(audio)
             segments = tuple(self._segments(chunks, words))
         except IsthmusError as error:
             return Result(index, error)
         seconds = time.perf_counter() - started
         return Result(index, Transcript(segments, chunks.duration, seconds=seconds), seconds)
 
-    def _chunks(self, audio: Audio) -> Chunks:
-        if isinstance(audio, str | Path | bytes):
-            return self._split(audio_blocks(audio))
-        return self._split(_waveform(audio))
+    def fits(self, speech: Speech) -> bool:
+        """Whether it can be decoded as one."""
+        return speech.seconds <= self.longest
 
-    def _split(self, source: np.ndarray | Iterator[np.ndarray]) -> Chunks:
+    def chunks(self, audio: Audio) -> Chunks:
+        """The speech in a recording of any length, in pieces that can be decoded as one."""
         overlap = min(OVERLAP_SECONDS, self.longest / 4)
-        return split(source, self.longest, overlap_seconds=overlap, detect=self._regions)
+        cut = partial(
+            split, max_seconds=self.longest, overlap_seconds=overlap, detect=self._regions
+        )
+        if isinstance(audio, str | Path | bytes):
+            return cut(audio_blocks(audio))
+        return cut(_waveform(audio))
 
     def _regions(self, waveform: np.ndarray) -> list[Region]:
         """Where somebody speaks; everywhere, without a gate."""
@@ -220,7 +260,8 @@ class Transcriber:
     def _segments(self, chunks: Iterator[Chunk], words: bool) -> Iterator[Segment]:
         def decoded() -> Iterator[tuple[Segment, float]]:
             while batch := list(itertools.islice(chunks, self.settings.batch_size)):
-                heard = self._hear([Speech(chunk.waveform) for chunk in batch], words)
+                # The gate has let them pass already.
+                heard = self._decode([Speech(chunk.waveform) for chunk in batch], words)
                 for chunk, segment in zip(batch, heard, strict=True):
                     yield segment.shifted(chunk.start), chunk.overlap
 
@@ -228,7 +269,8 @@ class Transcriber:
 
     def _hear(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         """A segment for each; one without text, decoded by nobody, where nobody speaks."""
-        spoken = [one for one in speech if self._regions(one.waveform)]
+        gate = self.settings.gate
+        spoken = [one for one in speech if gate == "none" or has_speech(one.waveform, gate)]
         found = iter(self._decode(spoken, words) if spoken else [])
         nothing = [Segment(0.0, one.seconds, "", finish_reason="no_speech") for one in speech]
         heard = set(map(id, spoken))
@@ -275,11 +317,12 @@ class Transcriber:
             beam_size=settings.beam_size,
             length_penalty=settings.length_penalty,
             options=self.options,
+            scorers=self.scorers,
         )
 
     def _draft(self, frames: Tensor) -> list[int]:
         """What the encoder's CTC head reads in frames (T, D), in tokens of the LLM."""
-        ctc = self.model.encoder.ctc
+        ctc = self.ctc
         assert ctc is not None
         length = torch.tensor([len(frames)])
         (text,) = ctc.greedy(ctc.log_probs(frames[None].to(ctc.network.dtype)), length)
@@ -289,18 +332,20 @@ class Transcriber:
     def _words(self, speech: Speech, frames: Tensor, segment: Segment) -> tuple[Word, ...]:
         ctc = self.aligner
         assert ctc is not None
-        device = next(self.model.projector.parameters()).device
-        if ctc is not self.model.encoder.ctc:
-            samples = torch.from_numpy(speech.waveform)[None].to(device)
-            own, lengths = ctc(samples, torch.tensor([samples.shape[1]], device=device))
+        if ctc is not self.ctc:
+            samples = torch.from_numpy(speech.waveform)[None].to(self._device)
+            own, lengths = ctc(samples, torch.tensor([samples.shape[1]], device=self._device))
             frames = own[0, : int(lengths[0])]
         log_probs = ctc.log_probs(frames[None].to(next(ctc.parameters()).dtype))[0]
-        return align_words(log_probs.cpu(), segment.text, ctc, speech.waveform)
+        words = align_words(log_probs.cpu(), segment.text, ctc, speech.waveform)
+        if len(words) != len(segment.confidences):
+            return words
+        pairs = zip(words, segment.confidences, strict=True)
+        return tuple(replace(word, confidence=sure) for word, sure in pairs)
 
     def _frames(self, speech: Sequence[Speech]) -> list[Tensor]:
         """The encoder's frames (T, D) of each."""
-        model, cache = self.model, self.cache
-        device = next(model.projector.parameters()).device
+        model, cache, device = self.model, self.cache, self._device
         waveforms = [torch.from_numpy(one.waveform).to(device) for one in speech]
         if cache is not None and all(one.key is not None for one in speech):
             return [
@@ -329,11 +374,17 @@ class Transcriber:
             finish_reason=best.finish_reason,
             tokens=tuple(best.tokens),
             token_log_probs=tuple(best.log_probs),
+            confidences=self._confidences(best),
             alternatives=tuple(
                 Alternative(self._text(one), one.score)
                 for one in hypotheses[1 : self.settings.nbest]
             ),
         )
+
+    def _confidences(self, hypothesis: Hypothesis) -> tuple[float, ...]:
+        tokenizer = self.model.llm.tokenizer
+        found = word_confidences(tokenizer, hypothesis.tokens, hypothesis.log_probs)
+        return tuple(sure for _, sure in found)
 
     def _text(self, hypothesis: Hypothesis) -> str:
         text = self.model.llm.tokenizer.decode(hypothesis.tokens, skip_special_tokens=True)
@@ -341,18 +392,39 @@ class Transcriber:
         return text.strip()
 
 
+class DecodeChanges(TypedDict, total=False):
+    """Settings under `decode`, each to be replaced; None leaves the run's own."""
+
+    beam_size: int | None
+    length_penalty: float | None
+    tokens_per_second: float | None
+    extra_tokens: int | None
+    batch_size: int | None
+    early_stopping: bool | None
+    drafts: bool | None
+    strict: bool | None
+    gate: Literal["auto", "silero", "energy", "none"] | None
+    chunk_seconds: float | None
+    hotwords: tuple[str, ...] | None
+    hotword_bonus: float | None
+    ngram: str | None
+    ngram_weight: float | None
+    deadline: float | None
+    nbest: int | None
+
+
 def load(
     run: str | Path = DEFAULT,
     *,
     cached: bool = False,
     align_model: str | None = None,
-    **settings: Any,
+    **settings: Unpack[DecodeChanges],
 ) -> Transcriber:
     """The transcriber of a run folder, or of the shipped tiny system (`default`).
 
     `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
-    one. `align_model`: a CTC model that tells when words were said. Further arguments replace those
-    of the run's `decode` settings, such as `beam_size=1`; IsthmusError for one that is not valid.
+    one. `align_model`: a CTC model that tells when words were said. Further arguments are those of
+    DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid.
     """
     model, recipe = load_run(run_folder(run))
     given = {name: value for name, value in settings.items() if value is not None}
@@ -362,6 +434,16 @@ def load(
         feature_cache(recipe, model) if cached else None,
         load_ctc(align_model) if align_model else None,
     )
+
+
+def _scorers(settings: DecodeSettings, tokenizer: Any) -> list[Scorer]:
+    """What else has a say in the search."""
+    found: list[Scorer] = []
+    if settings.hotwords:
+        found.append(Hotwords(settings.hotwords, tokenizer, settings.hotword_bonus))
+    if settings.ngram is not None:
+        found.append(NGramFusion(read_arpa(settings.ngram), tokenizer, settings.ngram_weight))
+    return found
 
 
 def run_folder(run: str | Path) -> Path:
@@ -381,16 +463,31 @@ def _waveform(audio: Audio) -> np.ndarray:
     if isinstance(audio, np.ndarray):
         if audio.ndim != 1 or not len(audio):
             raise IsthmusError(f"Samples must have shape (S,), 16 kHz mono; got {audio.shape}.")
+        if not np.issubdtype(audio.dtype, np.floating):
+            raise IsthmusError(
+                f"Samples must be floats of full scale 1, such as float32; got {audio.dtype}. "
+                "Divide integers by their full scale (32768 for int16)."
+            )
+        check_samples(audio, f"array of {len(audio)} samples")
         return audio.astype(np.float32, copy=False)
-    return load_audio(audio)
+    if isinstance(audio, str | Path | bytes):
+        return load_audio(audio)
+    raise _no_audio(audio)
 
 
 def _seconds(audio: Audio) -> float:
-    """Its length as far as that is known without decoding, to sort by; 0 if it is not."""
+    """Its length as its header or its manifest says; raises IsthmusError for what is no audio."""
     if isinstance(audio, Cut):
         return float(audio.duration)
     if isinstance(audio, np.ndarray):
         return audio.size / SAMPLE_RATE
-    with contextlib.suppress(AudioError):
+    if isinstance(audio, str | Path | bytes):
         return audio_info(audio).duration
-    return 0.0
+    raise _no_audio(audio)
+
+
+def _no_audio(given: object) -> IsthmusError:
+    return IsthmusError(
+        f"Audio cannot be of type {type(given).__name__}. Give a path, bytes, a numpy array of "
+        "16 kHz samples or a cut of a corpus."
+    )

@@ -1,6 +1,8 @@
 """What was heard: a transcript, its segments, their words. Times are seconds from the beginning."""
 
 import math
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -11,9 +13,36 @@ nothing to hear; time was up."""
 WORST: tuple[FinishReason, ...] = ("deadline", "repetition", "length", "stop", "no_speech")
 
 
+# Thai and Lao, Burmese, Khmer, kana, Han, with their punctuation: written without spaces.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u312f\u31f0-\u31ff\u3400-\u9fff"
+    "\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+)
+_WORD = re.compile(rf"[^\w\s]*{UNSPACED.pattern}[^\w\s]*|(?:(?!{UNSPACED.pattern})\S)+")
+
+
+def words_of(text: str) -> list[re.Match[str]]:
+    """The words of a text and their places in it: what spaces part, and each letter of a script
+    that is written without spaces, with the marks and the punctuation around it."""
+    return list(_WORD.finditer(text))
+
+
+def gap(before: str, after: str) -> str:
+    """What parts two texts: a space, or nothing where both are in scripts without."""
+    return "" if UNSPACED.match(before[-1:]) and UNSPACED.match(after) else " "
+
+
+def together(texts: Iterable[str]) -> str:
+    """Texts one behind the other, with their gaps; empty ones are left out."""
+    whole = ""
+    for text in texts:
+        whole += gap(whole, text) + text if whole and text else text
+    return whole
+
+
 @dataclass(frozen=True)
 class Word:
-    """A word with the time it was said at."""
+    """A word, or a letter where no spaces part words, with the time it was said at."""
 
     text: str
     start: float
@@ -42,6 +71,7 @@ class Segment:
     token_log_probs: tuple[float, ...] = ()
     words: tuple[Word, ...] = ()  # with word timestamps only
     alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
+    confidences: tuple[float, ...] = ()  # of its words (words_of), 0 to 1
 
     def shifted(self, seconds: float) -> "Segment":
         """The same, that much later."""
@@ -62,7 +92,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        return " ".join(segment.text for segment in self.segments if segment.text)
+        return together(segment.text for segment in self.segments)
 
     @property
     def words(self) -> tuple[Word, ...]:

@@ -259,7 +259,7 @@ def choose_attention(network: PreTrainedModel) -> Choice:
 def _choose(network: PreTrainedModel, ordinary: str) -> Choice:
     config = _config(network)
     noise = _noise(network)
-    head = _find_head(network, noise[:PREFIX])
+    head = find_head(network, noise[:PREFIX])
     fault = _unsuitable(config, ordinary)
     if head is None:
         fault = fault or "its logits cannot be had from its hidden states and its last layer alone"
@@ -324,7 +324,7 @@ def _unsuitable(config: Any, ordinary: str) -> str | None:
     return None
 
 
-def _find_head(network: PreTrainedModel, embeddings: Tensor) -> Head | None:
+def find_head(network: PreTrainedModel, embeddings: Tensor) -> Head | None:
     """The last layer with what the configuration says is done to its logits, if that is all."""
     linear, config = network.get_output_embeddings(), _config(network)
     if linear is None or network.base_model is network:  # the latter where names are irregular

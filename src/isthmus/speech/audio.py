@@ -1,11 +1,11 @@
 """From any audio file to a 16 kHz mono waveform, or to one clear reason why not.
 
-`load_audio` is the only door: soundfile reads wav, flac, ogg, opus and mp3; PyAV (extra `media`)
-the rest. Files are decoded in blocks and resampled as they come, so memory is that of the result.
+`load_audio` and `audio_blocks` are the only doors: soundfile reads wav, flac, ogg, opus and mp3;
+PyAV (extra `media`) the rest. Files are decoded in blocks and resampled as they come, so memory is
+that of the result.
 """
 
 import io
-import itertools
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,7 +32,9 @@ __all__ = [
     "AudioCode",
     "AudioError",
     "AudioInfo",
+    "audio_blocks",
     "audio_info",
+    "check_samples",
     "load_audio",
 ]
 
@@ -79,13 +81,38 @@ def load_audio(
                 f"{reader.name}: channel {channel} was asked for, but channels are 0 to "
                 f"{reader.channels - 1}. Correct the channel in the manifest.",
             )
-        blocks = reader.blocks(start, duration)
-        mono = (_to_mono(block, channel, reader.name) for block in blocks)
-        waveform = _resample(mono, reader.sample_rate, max_seconds, reader.name)
-        if not len(waveform):
-            raise _nothing(reader, start)
-        reader.check_complete()
-    return waveform
+        pieces: list[np.ndarray] = []
+        num_samples = 0
+        for piece in _blocks(reader, start, duration, channel):
+            pieces.append(piece)
+            num_samples += len(piece)
+            if num_samples > max_seconds * SAMPLE_RATE:
+                raise _too_long(reader.name, max_seconds)
+    return np.concatenate(pieces)
+
+
+def audio_blocks(source: str | Path | bytes | BinaryIO) -> Iterator[np.ndarray]:
+    """Blocks (n,) of the 16 kHz mono waveform that `load_audio` gives in one, of any length.
+
+    Raises AudioError, possibly after the first blocks.
+    """
+    with _open(source) as reader:
+        yield from _blocks(reader, 0.0, None, None)
+
+
+def check_samples(samples: np.ndarray, name: str) -> None:
+    """Raise AudioError for samples of any shape that no microphone gave; `name` is whose."""
+    peak = float(np.abs(samples).max(initial=0.0))
+    if not math.isfinite(peak):
+        raise AudioError(
+            "non_finite", f"{name}: has samples that are NaN or infinite. Convert it again."
+        )
+    if peak > MAX_ABS_SAMPLE:
+        raise AudioError(
+            "out_of_range",
+            f"{name}: has a sample of {peak:.3g}; full scale is 1. Divide the samples by their "
+            "full scale (32768 for 16 bits).",
+        )
 
 
 def audio_info(source: str | Path | bytes | BinaryIO) -> AudioInfo:
@@ -209,45 +236,45 @@ def _to_mono(block: np.ndarray, channel: int | None, name: str) -> np.ndarray:
     """(n,) float32 of an (n, channels) block; refuses samples that no microphone gave."""
     if block.shape[1] == 0:
         raise AudioError("no_channels", f"{name}: decoding gives 0 channels.")
-    peak = float(np.abs(block).max())
-    if not math.isfinite(peak):
-        raise AudioError(
-            "non_finite", f"{name}: has samples that are NaN or infinite. Convert it again."
-        )
-    if peak > MAX_ABS_SAMPLE:
-        raise AudioError(
-            "out_of_range",
-            f"{name}: has a sample of {peak:.3g}; full scale is 1. Divide the samples by their "
-            "full scale (32768 for 16 bits).",
-        )
+    check_samples(block, name)
     if channel is not None:
         return np.ascontiguousarray(block[:, channel])
     mono: np.ndarray = block.mean(axis=1, dtype=np.float32)
     return mono
 
 
-def _resample(blocks: Iterable[np.ndarray], rate: int, max_seconds: float, name: str) -> np.ndarray:
-    """(S,) float32 at 16 kHz of (n,) blocks at `rate`; equal to resampling them in one piece."""
+def _blocks(
+    reader: Reader, start: float, duration: float | None, channel: int | None
+) -> Iterator[np.ndarray]:
+    """(n,) blocks of a part as 16 kHz mono, at least one sample; refuses what is not complete."""
+    blocks = reader.blocks(start, duration)
+    mono = (_to_mono(block, channel, reader.name) for block in blocks)
+    num_samples = 0
+    for piece in _resampled(mono, reader.sample_rate):
+        num_samples += len(piece)
+        yield piece
+    if not num_samples:
+        raise _nothing(reader, start)
+    reader.check_complete()
+
+
+def _resampled(blocks: Iterable[np.ndarray], rate: int) -> Iterator[np.ndarray]:
+    """(n,) float32 at 16 kHz of (n,) blocks at `rate`; equal to resampling them in one piece."""
+    if rate == SAMPLE_RATE:
+        yield from blocks
+        return
     stream = soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="VHQ")
-    pieces: list[np.ndarray] = []
     head = np.zeros(0, np.float32)
     num_samples = 0
-    # The last chunk is fed empty: only the end of the blocks tells that it was the last.
-    for block in itertools.chain(blocks, [None]):
-        if not len(head) and block is not None:
-            head = block[:1]
-        if rate == SAMPLE_RATE:
-            piece = np.zeros(0, np.float32) if block is None else block
-        elif block is None:
-            piece = stream.resample_chunk(np.zeros(0, np.float32), last=True)
-        else:
-            piece = stream.resample_chunk(block)
+    for block in blocks:
+        head = head if len(head) else block[:1].copy()
+        piece = stream.resample_chunk(block)
         num_samples += len(piece)
-        if num_samples > max_seconds * SAMPLE_RATE:
-            raise _too_long(name, max_seconds)
-        pieces.append(piece)
+        yield piece
+    # The last chunk is fed empty: only the end of the blocks tells that it was the last.
+    piece = stream.resample_chunk(np.zeros(0, np.float32), last=True)
     # One sample at 48 kHz is a third of one at 16 kHz: it must not vanish.
-    return np.concatenate(pieces) if num_samples else head.copy()
+    yield piece if num_samples + len(piece) else head
 
 
 def _nothing(reader: Reader, start: float) -> AudioError:

@@ -1,0 +1,35 @@
+"""How sure the language model is of each word it wrote."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from isthmus.decoding.transcript import words_of
+
+
+def word_confidences(
+    tokenizer: Any, tokens: Sequence[int], log_probs: Sequence[float]
+) -> tuple[tuple[str, float], ...]:
+    """The words of a transcript, each with the probability of its tokens given all before.
+
+    That is their product. A token that reaches into two words counts for both. Where the texts of
+    a transcript's beginnings do not add up to it, every word has the mean of all tokens.
+    """
+    text = _text(tokenizer, tokens)
+    # half a letter of several bytes is shown as a question mark
+    parts = [_text(tokenizer, tokens[: n + 1]).rstrip("\ufffd") for n in range(len(tokens))]
+    words = words_of(text)
+    if not all(map(text.startswith, parts)):
+        mean = math.exp(sum(log_probs[: len(tokens)]) / max(1, len(tokens)))
+        return tuple((word.group(), mean) for word in words)
+    ends = [len(part) for part in parts]
+    spans = list(zip([0, *ends], ends, log_probs, strict=False))
+    found = []
+    for word in words:
+        inside = [p for start, end, p in spans if start < word.end() and end > word.start()]
+        found.append((word.group(), math.exp(sum(inside))))
+    return tuple(found)
+
+
+def _text(tokenizer: Any, tokens: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
