@@ -17,6 +17,7 @@ from isthmus.decoding.timestamps import load_ctc
 from isthmus.decoding.transcriber import DecodeChanges, Speech, Transcriber, load
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
+from isthmus.model.parts import ASSETS
 from isthmus.recipe import DecodeSettings, Recipe
 from isthmus.speech.activity import Region
 from isthmus.speech.audio import AudioInfo, audio_info, load_audio
@@ -298,3 +299,16 @@ def test_words_have_times(build: Build, waves: Waves) -> None:
     assert times == sorted(times)
     with pytest.raises(IsthmusError, match="Name one with --align-model"):
         build(encoder="whisper").transcribe(waves(16_000).numpy(), word_timestamps=True)
+
+
+def test_a_run_of_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def snapshot(name: str, **options: Any) -> str:
+        asked.append({"name": name, **options})
+        return str(ASSETS / "default")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    assert load("someone/ears").settings.beam_size == load().settings.beam_size
+    assert asked[0]["name"] == "someone/ears"
+    assert not any("checkpoints" in pattern for pattern in asked[0]["allow_patterns"])

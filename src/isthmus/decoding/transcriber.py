@@ -3,6 +3,7 @@
 import itertools
 import logging
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,7 @@ from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, sp
 from isthmus.decoding.timestamps import CTCModel, align_words, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import ASSETS
+from isthmus.model.parts import ASSETS, download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import DecodeSettings, change_settings
@@ -42,6 +43,7 @@ from isthmus.training.features import FeatureCache
 from isthmus.training.runs import load_run
 
 DEFAULT = "default"
+RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
 Audio: TypeAlias = str | Path | bytes | np.ndarray | Cut
 Heard = TypeVar("Heard")
@@ -447,9 +449,11 @@ def _scorers(settings: DecodeSettings, tokenizer: Any) -> list[Scorer]:
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run; `default` is the shipped one."""
+    """The folder of a run; `default` is the shipped one, `owner/name` one of the hub."""
     if str(run) == DEFAULT:
         return ASSETS / DEFAULT
+    if not Path(run).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)):
+        return download(str(run), None, RUN_FILES)
     if not Path(run).is_dir():
         raise IsthmusError(
             f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`."

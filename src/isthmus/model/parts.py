@@ -77,7 +77,7 @@ def resolve(path: str, revision: str | None = None) -> Path:
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
     else:
-        folder = _download(path, revision)
+        folder = download(path, revision, READ_FILES)
     if not (folder / "config.json").is_file():
         raise IsthmusError(
             f"{path}: the model folder {folder} has no config.json. Give a folder written by "
@@ -95,7 +95,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
     return folder
 
 
-def _download(path: str, revision: str | None) -> Path:
+def download(path: str, revision: str | None, patterns: list[str]) -> Path:
+    """The files of a Hugging Face repository that match `patterns`, in a folder of its cache."""
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", path) or path.startswith("."):
         raise IsthmusError(f"{path}: no such folder, and not a Hugging Face name.")
     if path.startswith("isthmus/"):
@@ -104,7 +105,7 @@ def _download(path: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=READ_FILES))
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated kinds
         at = f" at revision {revision!r}" if revision else ""
         reason = str(error).partition("\n")[0]
