@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol, TypeVar, cast
 import typer
 
 from isthmus.errors import IsthmusError, suggest
-from isthmus.options import takes
+from isthmus.options import limit, switch, takes
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
@@ -132,6 +132,8 @@ def _training_verb(
         kind, job = parts()
         chosen = load_recipe(recipe, overrides or [], kind=kind)
         folder = output_dir or Path("runs") / chosen.name
+        if resume and overwrite:
+            raise IsthmusError("--resume and --overwrite exclude each other. Give one of them.")
         opening = Opening(resume, overwrite, allow_change or ())
         curves = folder / "tensorboard" if tensorboard else None
         with training_observer(chosen.train.steps, curves) as observe:
@@ -198,17 +200,6 @@ def cache(
         )
 
 
-def _limit(flag: str, text: str) -> Any:
-    """An option of a positive number, its name written as whisper writes it, or with hyphens."""
-    return typer.Option(f"--{flag}", f"--{flag.replace('-', '_')}", min=1, help=text)
-
-
-def _switch(flag: str, text: str) -> Any:
-    """An option that is on or off, named likewise."""
-    hyphens = f"--{flag}/--no-{flag}"
-    return typer.Option(hyphens, hyphens.replace("-", "_").replace("__", "--"), help=text)
-
-
 @dataclass(frozen=True)
 class TranscribeOptions:
     """What `isthmus transcribe` takes."""
@@ -228,22 +219,20 @@ class TranscribeOptions:
             "--output-format", "--output_format", "-f", help="txt, srt, vtt, tsv, json or all."
         ),
     ] = None
-    word_timestamps: Annotated[bool, _switch("word-timestamps", "When each word was said.")] = False
+    word_timestamps: Annotated[bool, switch("word-timestamps", "When each word was said.")] = False
     align_model: Annotated[
         str | None,
         typer.Option("--align-model", "--align_model", help="A CTC model that times the words."),
     ] = None
-    highlight_words: Annotated[bool, _switch("highlight-words", "Underline each in turn.")] = False
-    max_line_width: Annotated[int | None, _limit("max-line-width", "Letters of a line.")] = None
-    max_line_count: Annotated[int | None, _limit("max-line-count", "Lines of a cue.")] = None
-    max_words_per_line: Annotated[int | None, _limit("max-words-per-line", "Words of a cue.")] = (
-        None
-    )
+    highlight_words: Annotated[bool, switch("highlight-words", "Underline each in turn.")] = False
+    max_line_width: Annotated[int | None, limit("max-line-width", "Letters of a line.")] = None
+    max_line_count: Annotated[int | None, limit("max-line-count", "Lines of a cue.")] = None
+    max_words_per_line: Annotated[int | None, limit("max-words-per-line", "Words of a cue.")] = None
     beam_size: Beam = None
     length_penalty: Annotated[
         float | None, typer.Option("--length-penalty", "--length_penalty", help="As in the recipe.")
     ] = None
-    nbest: Annotated[int | None, _limit("nbest", "Hypotheses to write (--json).")] = None
+    nbest: Annotated[int | None, limit("nbest", "Hypotheses to write (--json).")] = None
     batch_size: BatchSize = None
     hotwords: Annotated[
         str | None, typer.Option("--hotwords", help="Phrases to be expected, parted by commas.")
@@ -301,7 +290,9 @@ def transcribe(options: TranscribeOptions) -> None:
     output_format = options.output_format or "all"
     if folder is None and (options.output_format or layout != PLAIN):
         folder = Path()  # as whisper does
-    if options.output_dir is not None and _corpora(names):
+    if _corpora(names):
+        if options.output_dir is None:
+            raise IsthmusError("A corpus is transcribed into a folder: add --output-dir FOLDER.")
         _transcribe_corpora(options, words)
         return
     files = ["stdin" if name == "-" else name for name in names]
@@ -320,8 +311,12 @@ def transcribe(options: TranscribeOptions) -> None:
             found[result.index] = heard
             if isinstance(heard, IsthmusError):
                 typer.echo(f"error: {heard}", err=True)
-            elif folder is not None:
-                write_transcript(heard, files[result.index], folder, output_format, layout)
+            else:
+                if heard.finish_reason not in ("stop", "no_speech"):
+                    cut = f"the end of a text is missing or made up ({heard.finish_reason})"
+                    typer.echo(f"warning: {name}: {cut}.", err=True)
+                if folder is not None:
+                    write_transcript(heard, files[result.index], folder, output_format, layout)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
+import typer
+
 Options = TypeVar("Options")
 
 
@@ -34,3 +36,14 @@ def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable
         return run
 
     return decorate
+
+
+def limit(flag: str, text: str) -> Any:
+    """An option of a positive number, its name written as whisper writes it, or with hyphens."""
+    return typer.Option(f"--{flag}", f"--{flag.replace('-', '_')}", min=1, help=text)
+
+
+def switch(flag: str, text: str) -> Any:
+    """An option that is on or off, named likewise."""
+    hyphens = f"--{flag}/--no-{flag}"
+    return typer.Option(hyphens, hyphens.replace("-", "_").replace("__", "--"), help=text)

@@ -28,6 +28,7 @@ from isthmus.decoding.timestamps import (
     WILDCARD,
     align_words,
     best_path,
+    heard,
     load_ctc,
     skippable,
     spell,
@@ -300,3 +301,15 @@ def test_what_cannot_align_is_refused(model_folder: ModelFolder, tmp_path: Path)
     with pytest.raises(IsthmusError, match="adapter"):
         load_ctc(str(tmp_path))
     assert isinstance(load_ctc(str(model_folder("conformer"))), ConformerCTC)
+
+
+def test_every_word_has_a_length_also_beside_digital_silence() -> None:
+    rng = np.random.default_rng(0)
+    sound = np.zeros(24_000, np.float32)
+    sound[6_400:17_600] = rng.normal(0, 0.1, 11_200)  # 0.4 to 1.1 s
+    first, last = np.array([0.0, 0.35, 0.42, 1.2]), np.array([0.3, 0.4, 0.6, 1.4])
+    starts, ends = heard(first, last, sound)
+    assert (ends - starts >= 0.04 - 1e-9).all()
+    assert (starts[1:] >= ends[:-1] - 1e-9).all()
+    assert starts[0] >= 0.35
+    assert ends[-1] <= 1.15

@@ -6,7 +6,7 @@ confidence and share of right words, over bins of equal width, weighted by their
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 BINS = 10
@@ -35,7 +35,7 @@ class Calibration:
             "expected_calibration_error": self.error,
             "words": self.words,
             "skipped": self.skipped,
-            "bins": [[one.words, one.confidence, one.right] for one in self.bins],
+            "bins": [asdict(one) for one in self.bins],
         }
 
 

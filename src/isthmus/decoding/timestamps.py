@@ -38,6 +38,7 @@ CONFORMER_DELAY = 0.16  # seconds
 PRICE = 4.0  # dB that the square of 40 ms costs a moment near that meeting
 REACH = 16  # frames of loudness: at that price none farther off can be quiet enough
 OUTER_REACH = 1.0  # seconds; sound farther than this from the outermost letters is not of theirs
+SHORTEST_WORD = 0.04  # seconds, where there is room
 SHORTEST_PAUSE = 0.15  # seconds; shorter silence, such as before a plosive, belongs to a word
 WINDOW, HOP = SAMPLE_RATE // 40, SAMPLE_RATE // 100  # samples of a frame of loudness
 RANGE_DB = 60.0  # below the loudest frame is silence
@@ -245,15 +246,26 @@ def heard(first: Floats, last: Floats, waveform: np.ndarray) -> tuple[Floats, Fl
     near = np.searchsorted(times, meetings)[:, np.newaxis] + np.arange(-REACH, REACH + 1)
     near = near.clip(0, len(times) - 1)
     cost = levels[near] + PRICE * ((times[near] - meetings[:, np.newaxis]) / 0.04) ** 2
+    # the silence around the sound is quieter than any moment in it
+    cost[(times[near] < begin) | (times[near] > finish)] = np.inf
     quietest = times[np.take_along_axis(near, cost.argmin(axis=1, keepdims=True), axis=1)[:, 0]]
     bounds = np.concatenate([[begin], quietest.clip(begin, finish), [finish]])
-    bounds = np.maximum.accumulate(bounds)
+    bounds, shortest = _apart(bounds)
     after = sounds[np.searchsorted(sounds, bounds).clip(max=len(sounds) - 1)]
     before = sounds[(np.searchsorted(sounds, bounds, "right") - 1).clip(min=0)]
     pause = after - before > SHORTEST_PAUSE
-    starts = np.where(pause, after, bounds)[:-1].clip(max=bounds[1:])
-    ends = np.where(pause, before, bounds)[1:].clip(min=starts)
-    return starts, ends
+    starts = np.where(pause, after, bounds)[:-1].clip(max=bounds[1:] - shortest)
+    starts = starts.clip(min=bounds[:-1])
+    ends = np.where(pause, before, bounds)[1:].clip(min=starts + shortest).clip(max=bounds[1:])
+    return starts, ends.clip(min=starts)
+
+
+def _apart(bounds: Floats) -> tuple[Floats, float]:
+    """Rising bounds between words, and how long each word is at least: as room allows."""
+    shortest = min(SHORTEST_WORD, float(bounds[-1] - bounds[0]) / (len(bounds) - 1))
+    steps = shortest * np.arange(len(bounds))
+    rising = np.maximum.accumulate(bounds - steps) + steps
+    return np.minimum(rising, bounds[-1] - steps[::-1]), shortest
 
 
 def loudness(waveform: np.ndarray) -> Floats:

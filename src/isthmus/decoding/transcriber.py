@@ -452,7 +452,8 @@ def run_folder(run: str | Path) -> Path:
     """The folder of a run; `default` is the shipped one, `owner/name` one of the hub."""
     if str(run) == DEFAULT:
         return ASSETS / DEFAULT
-    if not Path(run).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)):
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not Path(run).parent.is_dir()
+    if not Path(run).is_dir() and of_hub and not str(run).startswith("runs/"):
         return download(str(run), None, RUN_FILES)
     if not Path(run).is_dir():
         raise IsthmusError(

@@ -124,7 +124,7 @@ class RunFolder:
                     f"{folder} exists, is not empty and is no run folder: it holds "
                     f"{', '.join(foreign[:5] or sorted(found)[:5])}. Name another folder."
                 )
-            if opening.resume:
+            if opening.resume and self._lock is None:
                 log.info("%s holds no run yet: it begins.", folder)
         elif opening.resume:
             self._refuse(_recipe_changes(folder, self.recipe))
