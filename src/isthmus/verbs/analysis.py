@@ -1,0 +1,5 @@
+"""Verbs that analyse: plans, sweeps, figures."""
+
+import typer
+
+app = typer.Typer()

@@ -1,0 +1,55 @@
+"""What the verbs share: options that several of them take, and JSON."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="File, or name of a shipped recipe.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]…", help="Settings to change, as train.steps=500."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run in the folder; begin it if none is.")
+]
+AllowChange = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--allow-change",
+        metavar="KEY",
+        help="With --resume: let this setting differ, or data, code, or a package's version.",
+    ),
+]
+Curves = Annotated[
+    bool, typer.Option("--tensorboard", help="Also draw TensorBoard curves in the run folder.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--output-dir", "-o", help="Run folder; runs/<name> unless given.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
+Beam = Annotated[
+    int | None,
+    typer.Option("--beam-size", "--beam_size", min=1, help="Hypotheses kept; 1 is greedy."),
+]
+BatchSize = Annotated[
+    int | None,
+    typer.Option("--batch-size", "--batch_size", min=1, help="Utterances decoded together."),
+]
+Normaliser = Annotated[
+    str, typer.Option(help="whisper, basic, basic-marks, lower, none or module:callable.")
+]
+Model = Annotated[
+    str, typer.Option("--model", "-m", help="Run folder, or `default`, the shipped tiny system.")
+]
+
+
+def print_json(value: Any) -> None:
+    """One JSON value on standard output."""
+    json.dump(value, sys.stdout, ensure_ascii=False)
+    sys.stdout.write("\n")

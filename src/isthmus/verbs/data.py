@@ -1,0 +1,93 @@
+"""Verbs for corpora."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from isthmus.errors import IsthmusError
+from isthmus.verbs.common import Json, print_json
+
+app = typer.Typer()
+
+
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(metavar="DATA")],
+    max_seconds: Annotated[float | None, typer.Option(help="Longer utterances are bad.")] = None,
+    audio: Annotated[
+        bool, typer.Option("--audio/--no-audio", help="Decode every recording.")
+    ] = True,
+    as_json: Json = False,
+) -> None:
+    """Validate a corpus: audio, transcripts, ids. Exit code 1 if anything is bad."""
+    from isthmus.speech.corpora import check_corpus, read_corpus
+
+    report = check_corpus(read_corpus(data), decode_audio=audio, max_seconds=max_seconds)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo("\n".join(report.lines()))
+    if report.n_rejected:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare(
+    kind: Annotated[str, typer.Argument(help="librispeech, mls, folder, kaldi, nemo or slam-llm.")],
+    source: Annotated[Path, typer.Argument(metavar="SRC")],
+    out: Annotated[Path, typer.Argument(metavar="OUT")],
+    as_json: Json = False,
+) -> None:
+    """Write manifests of a corpus on disk, one JSON-lines file a split."""
+    from isthmus.speech.prepare import prepare as job
+
+    splits = {name: str(path) for name, path in job(kind, source, out).items()}
+    if as_json:
+        print_json(splits)
+    else:
+        typer.echo("\n".join(f"{name}: {path}" for name, path in splits.items()))
+
+
+@app.command()
+def synth(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    utterances: Annotated[int, typer.Option(min=1)] = 1000,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    held_out: Annotated[
+        bool, typer.Option("--held-out", help="Voices never used otherwise.")
+    ] = False,
+    domains: Annotated[
+        str, typer.Option(help="Kinds of text and weights, as digit=1,order=4; all if empty.")
+    ] = "",
+    text: Annotated[Path | None, typer.Option(help="Speak the lines of this file instead.")] = None,
+    workers: Annotated[int, typer.Option(min=1)] = 1,
+    as_json: Json = False,
+) -> None:
+    """Synthesise English speech with transcripts and word timings (espeak-ng)."""
+    from isthmus.speech.synthesis import draw_texts, synthesise_corpus
+
+    if text is not None:
+        try:
+            lines = text.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise IsthmusError(f"{text}: not UTF-8 text ({error}). Convert it.") from error
+        texts = [line for line in lines if line.strip()]
+    else:
+        texts = draw_texts(utterances, seed, _weights(domains))
+    manifest = synthesise_corpus(out, texts, seed, held_out=held_out, workers=workers)
+    if as_json:
+        print_json({"manifest": str(manifest), "utterances": len(texts)})
+    else:
+        typer.echo(f"{len(texts)} utterances: {manifest}")
+
+
+def _weights(domains: str) -> dict[str, float] | None:
+    weights = {}
+    for item in filter(None, domains.split(",")):
+        name, _, weight = item.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError as error:
+            raise IsthmusError(f"--domains: {item!r} is not name=weight.") from error
+    return weights or None
