@@ -30,6 +30,7 @@ from isthmus.model.encoder import (
     ConformerSettings,
     Encoder,
     FBankSettings,
+    PairSettings,
     SelfSupervisedSettings,
     WhisperSettings,
 )
@@ -147,11 +148,13 @@ ENCODERS: dict[str, tuple[Writer | None, dict[str, Any]]] = {
         partial(write_self_supervised, "hubert", "layer", batch_norm=True),
         {"type": "hubert"},
     ),
+    "pair": (None, {"type": "pair", "first": "conformer", "second": "wav2vec2-group"}),
 }
 SETTINGS = {
     "fbank": FBankSettings,
     "whisper": WhisperSettings,
     "conformer": ConformerSettings,
+    "pair": PairSettings,
     **dict.fromkeys(("wav2vec2", "hubert", "wavlm"), SelfSupervisedSettings),
 }
 
@@ -222,6 +225,9 @@ def encoder_settings(model_folder: ModelFolder) -> Callable[[str], Any]:
 
     def settings_of(name: str) -> Any:
         writer, values = ENCODERS[name]
+        if values["type"] == "pair":
+            parts = {place: settings_of(values[place]) for place in ("first", "second")}
+            return PairSettings(**parts)
         path = {} if writer is None else {"path": str(model_folder(name))}
         return SETTINGS[values["type"]].model_validate(values | path)
 

@@ -1,17 +1,22 @@
 """The command line: light to start, one clear error for what is wrong, JSON where it reports."""
 
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from signal import SIGTERM
+from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
+from typer.main import get_command
 
+from isthmus.cli import app
 from isthmus.quickstart import quickstart_recipe
+from isthmus.training.features import Verification
 from isthmus.training.loop import Interrupted
 
 Isthmus = Callable[..., tuple[int, str, str]]
@@ -28,6 +33,78 @@ def test_help_needs_neither_torch_nor_transformers(arguments: list[str]) -> None
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "LOADED set()" in done.stdout
+
+
+BEFORE_TORCH = [  # what is wrong, and a word of what is said
+    (["train", "tiny/projektor"], "Did you mean"),
+    (["train", "no.yaml"], "not valid YAML"),
+    (["train", "tiny/projector"], "Make it: isthmus synth"),
+    (["cache", "tiny/projector"], "Make it: isthmus synth"),
+    (["transcribe", "a.wav", "-f", "srd"], "Did you mean 'srt'"),
+    (["transcribe", "a/x.wav", "b/x.wav", "-o", "out"], "both be written"),
+    (["transcribe", "a.wav", "-o", "no.yaml"], "cannot be written"),
+    (["transcribe", "nowhere.wav", "no.yaml"], "nowhere.wav: no such file"),
+    (["transcribe", "a.wav", "-m", "no-run"], "No run folder"),
+    (["transcribe", "a.wav", "-m", "."], "is no run folder"),
+    (["transcribe", "a.wav", "-m", "newer"], "written by isthmus 99.0, this is"),
+    (["transcribe", "a.wav", "--beam_size", "0"], "--beam-size"),
+    (["transcribe", "a.wav", "--gate", "silence"], "--gate"),
+    (["evaluate", "newer", "a"], "written by isthmus 99.0, this is"),
+    (["evaluate", "default", "nowhere"], "no such corpus"),
+    (["evaluate", "default", ".", "--normaliser", "basik"], "Did you mean 'basic'"),
+    (["recipes"], ""),
+    (["cp", "tiny/projector", "no.yaml"], "exists"),
+]
+
+
+def test_what_can_be_known_at_once_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "no.yaml").write_text("name: [")
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer/recipe.yaml").write_text("name: newer\n")
+    (tmp_path / "newer/environment.json").write_text('{"isthmus": "99.0"}')
+    code = (
+        "import sys, isthmus.cli\n"
+        f"for arguments in {[given for given, _ in BEFORE_TORCH]!r}:\n"
+        "    sys.argv = ['isthmus', *arguments]\n"
+        "    try: isthmus.cli.main()\n"
+        "    except SystemExit as stop: print(stop.code)\n"
+        "    heavy = {'torch', 'transformers', 'lhotse'} & set(sys.modules)\n"
+        "    assert not heavy, arguments\n"
+        "    print('----', file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    said = done.stderr.split("----\n")
+    for (given, message), err in zip(BEFORE_TORCH, said, strict=False):
+        assert message in err, given
+    assert len(said) == len(BEFORE_TORCH) + 1
+
+
+def verbs(command: Any, *names: str) -> Iterator[tuple[Any, list[str]]]:
+    """Every verb below a command, itself included, by the names that call it."""
+    yield command, [*names]
+    for name, below in getattr(command, "commands", {}).items():
+        yield from verbs(below, *names, name)
+
+
+@pytest.mark.parametrize(("command", "names"), [*verbs(get_command(app))])
+def test_help_cuts_no_name_at_80_columns(
+    isthmus: Isthmus, command: Any, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = isthmus(*names, "--help")
+    assert code == 0
+    options = [name for one in command.params for name in (*one.opts, *one.secondary_opts)]
+    shown = [name for name in options if name.startswith("-")]
+    for name in [*shown, *getattr(command, "commands", ())]:
+        assert re.search(rf"(?<![\w-]){name}(?![\w-])", out), name
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+def test_options_may_have_underscores_as_whispers_have(isthmus: Isthmus) -> None:
+    for given in ("--output_format", "--output-format"):
+        assert "Unknown output format" in isthmus("transcribe", "a.wav", given, "x")[2]
 
 
 def test_recipes_can_be_listed_and_copied_but_not_over_a_file(
@@ -125,6 +202,38 @@ def test_score_prints_figures_and_the_listing(isthmus: Isthmus, tmp_path: Path) 
     assert "none.txt" in err
 
 
+NO_DATA = ("data.train=[]", "data.dev=[]")
+
+
+@pytest.mark.parametrize("environment", [None, "elsewhere"])
+def test_a_recipe_says_how_the_data_it_lacks_is_made(
+    isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ISTHMUS_SPEECH", raising=False)
+    if environment:
+        monkeypatch.setenv("ISTHMUS_SPEECH", environment)
+    assert isthmus("cp", "tiny/projector", "my.yaml")[0] == 0
+    code, out, err = isthmus("train", "my.yaml")
+    assert (code, out) == (1, "")
+    assert "Make it: isthmus synth synth/projector --utterances 3000 --seed 3\n" in err
+    assert "Set it to the folder of speech corpora" in err
+    assert err.count("ISTHMUS_SPEECH") == 1  # not once for each of its corpora
+
+
+@pytest.mark.parametrize("found", [Verification(3, 0, 300_000), Verification(0, 4, 12)])
+@pytest.mark.parametrize("verify", [False, True])
+def test_the_cache_says_what_was_done_and_how_much_there_is(
+    isthmus: Isthmus, monkeypatch: pytest.MonkeyPatch, found: Verification, verify: bool
+) -> None:
+    monkeypatch.setattr("isthmus.training.runs.cache_features", lambda *_, **__: found)
+    code, out, _ = isthmus("cache", "tiny/projector", *NO_DATA, *(["--verify"] if verify else []))
+    assert code == 0
+    size = "300.0 kB" if found.sound else "12 bytes"
+    done = "Verified" if verify else "Kept"
+    assert out == f"{done}: {found.sound} utterances, {size}; {found.broken} broken entries\n"
+
+
 @pytest.fixture
 def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     """Files that are wrong in one way each, in the working folder."""
@@ -145,8 +254,11 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
     ("arguments", "message"),
     [
         (["train", "tiny/projektor"], "Did you mean 'tiny/projector'?"),
-        (["train", "tiny/projector", "projector.kind=x"], "unknown key projector.kind"),
-        (["train", "tiny/conformer"], "is not a valid recipe"),
+        (["train", "tiny/projector", *NO_DATA, "projector.kind=x"], "unknown key projector."),
+        (["train", "tiny/conformer", *NO_DATA], "is not a valid recipe"),
+        (["train", "latin.txt"], "latin.txt: not UTF-8"),
+        (["train", "tiny/projector", "data.train=[nowhere]"], "nowhere: no such corpus"),
+        (["train", "tiny/quickstart", "--resume", "--overwrite"], "exclude each other"),
         (["transcribe", "nowhere.wav", "-m", "no-run"], "No run folder"),
         (["check", "nowhere.jsonl"], "nowhere.jsonl"),
         (["prepare", "librispeach", ".", "out"], "librispeech"),
@@ -187,9 +299,10 @@ def test_interruption_has_the_exit_code_that_shells_expect(
     def job(*arguments: object, **options: object) -> None:
         raise stop
 
-    monkeypatch.setattr("isthmus.training.runs.train", job)
-    found, out, err = isthmus("train", "tiny/projector")
+    monkeypatch.setattr("isthmus.analysis.plateau.train_watched", job)
+    found, out, err = isthmus("train", "tiny/projector", *NO_DATA)
     assert found == code
+    assert ("interrupted before the first step" in err) == isinstance(stop, KeyboardInterrupt)
     assert not out
     assert "Traceback" not in err
 

@@ -6,6 +6,8 @@ import logging
 import math
 import re
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from isthmus.display import CURVES, TensorBoard, training_display
+from isthmus import display as module
+from isthmus.display import CURVES, TensorBoard, loading, print_scores, training_display
 from isthmus.errors import IsthmusError
 from isthmus.recipe import LanguageRecipe
 from isthmus.training.runs import pretrain_lm
@@ -32,6 +35,24 @@ def shown(total: int, steps: Iterator[dict[str, Any]] | list[dict[str, Any]], **
         for metrics in steps:
             display(metrics)
     return stream.getvalue()
+
+
+# --- what is waited for
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize("patience", [0.0, 60.0])
+def test_long_loading_is_spoken_of_on_a_terminal_only(
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, patience: float
+) -> None:
+    monkeypatch.setattr(module, "PATIENCE", patience)
+    stream, before = io.StringIO(), threading.active_count()
+    with loading("the model", Console(file=stream, force_terminal=terminal)):
+        deadline = time.monotonic() + 10
+        while terminal and not patience and not stream.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.001)
+    assert stream.getvalue() == ("loading the model …\n" if terminal and not patience else "")
+    assert threading.active_count() <= before + 1  # one that was cancelled may still be ending
 
 
 # --- lines of a log
@@ -230,3 +251,14 @@ def test_the_metrics_of_a_training_have_these_names(accumulator: Any, tmp_path: 
     assert {CURVES[name] for name in wanted | {"memory_gb"}} <= curves(
         accumulator, tmp_path / "board"
     ).keys()
+
+
+def test_scores_have_a_row_for_each_language(capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"wer": 0.5, "interval": None, "cer": 0.25, "sub": 1, "ins": 0, "del": 1, "words": 4}
+    report = {**score, "sets": {"test": score}, "normaliser": "basic", "left_out": {}}
+    print_scores(report)
+    assert "language" not in capsys.readouterr().out
+    print_scores(report | {"languages": {"de": score}, "macro": {"wer": 0.125, "cer": None}})
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["language", "de", "50.00", "25.00", "1", "0", "1", "4"] in lines
+    assert ["mean", "of", "languages", "12.50", "-"] in lines

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,29 @@ def test_resuming_on_other_data_is_refused(
     assert (code, "--allow-change data" in err) == (1, True)
     (speech / "u0.txt").write_text(TEXTS[0])
     assert isthmus("train", recipe, "train.steps=1", "-o", run, "--resume")[0] == 0
+
+
+def test_what_was_allowed_to_change_is_in_the_history_of_the_run(
+    isthmus: Callable[..., tuple[int, str, str]], recipe: Path, speech: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    history = run / "changes.jsonl"
+    assert isthmus("train", recipe, "train.steps=1", "-o", run)[0] == 0
+    assert isthmus("train", recipe, "train.steps=1", "-o", run, "--resume")[0] == 0
+    assert not history.exists()
+    more = ["train.steps=2", "-o", run, "--resume"]
+    assert isthmus("train", recipe, *more)[0] == 1
+    assert not history.exists()  # it was refused
+    assert isthmus("train", recipe, *more, "--allow-change", "train.steps")[0] == 0
+    (speech / "u0.txt").write_text("go right")
+    assert isthmus("train", recipe, *more, "--allow-change", "data")[0] == 0
+    steps, data = (json.loads(line) for line in history.read_text().splitlines())
+    assert datetime.fromisoformat(steps.pop("date")).tzinfo is not None
+    assert steps == {"step": 1, "key": "train.steps", "before": 1, "after": 2}
+    assert (data["step"], data["key"]) == (2, "data")
+    assert data["before"] != data["after"] == json.loads((run / "data.json").read_text())
+    assert isthmus("train", recipe, "train.steps=1", "-o", run, "--overwrite")[0] == 0
+    assert not history.exists()  # it was that of another run
 
 
 def test_a_run_that_was_never_validated_can_be_decoded_with(

@@ -22,7 +22,7 @@ ORDER = [
     {"files"},
     {"speech"},
     {"model"},
-    {"recipe"},
+    {"recipe", "recipe_files"},
     {"training"},
     {"decoding"},
     {"scoring"},

@@ -11,6 +11,7 @@ import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -22,6 +23,7 @@ from pydantic import BaseModel, TypeAdapter
 
 import isthmus
 from isthmus.analysis.evaluate import Decoded, Evaluation
+from isthmus.analysis.sweep import Sweep
 from isthmus.cli import app
 from isthmus.decoding.formats import transcript_dict
 from isthmus.decoding.transcript import (
@@ -40,9 +42,8 @@ from isthmus.recipe import (
     LanguageRecipe,
     Recipe,
     load_recipe,
-    parse_yaml,
-    shipped_recipes,
 )
+from isthmus.recipe_files import parse_yaml, shipped_recipes
 from isthmus.scoring import score_sets
 from isthmus.scoring.normalise import NORMALISERS
 from isthmus.speech.audio import AudioCode
@@ -131,6 +132,8 @@ def check_isthmus(words: list[str], recipe: Path) -> None:
         return
     assert verb in group.commands, f"there is no isthmus {verb}"
     command = group.commands[verb]
+    while rest and rest[0] in getattr(command, "commands", {}):  # a verb of several words
+        command, rest = command.commands[rest[0]], rest[1:]
     known = {name for option in command.params for name in option.opts + option.secondary_opts}
     unknown = {word.partition("=")[0] for word in rest if word.startswith("-")} - known
     assert not unknown, f"isthmus {verb} knows no {unknown}"
@@ -197,6 +200,9 @@ def test_yaml_is_valid(block: Block) -> None:
     if block.mark == "mean":  # of the worked example
         assert adapter().validate_python(values["projector"]).type == "mean"
         return
+    if block.mark == "sweep":
+        Sweep.model_validate(values)
+        return
     assert block.mark in ("recipe", "part"), "say behind ```yaml what this is"
     Recipe.model_validate(values if block.mark == "recipe" else merged(MINIMAL, values))
 
@@ -218,7 +224,8 @@ def settings(model: type[BaseModel], prefix: str = "", tag: object = None) -> It
             yield key, REQUIRED
         elif not field.is_required() and not isinstance(default, BaseModel):
             yield key, json.dumps(default)
-        if key != "data.dev":  # is written as data.train
+        # data.dev is written as data.train, an encoder of two as one
+        if key not in ("data.dev", "encoder.first", "encoder.second"):
             for part in below:
                 yield from settings(part, f"{key}.", field.discriminator)
 
@@ -382,7 +389,11 @@ def adapter() -> TypeAdapter[Any]:
 
 def test_the_worked_projector_keeps_the_contract() -> None:
     assert adapter().validate_python({"type": "linear", "hidden": 8}).type == "linear"
-    projector = adapter().validate_python({"type": "mean", "downsample_rate": 4}).build(3, 5)
+    projector = (
+        adapter()
+        .validate_python({"type": "mean", "downsample_rate": 4})
+        .build(SimpleNamespace(dim=3), SimpleNamespace(dim=5))
+    )
     frames = torch.randn(3, 11, 3)
     lengths = torch.tensor([11, 7, 3])
     embeddings, counts = projector(frames, lengths)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from isthmus.errors import IsthmusError
+from isthmus.options import with_hyphens
 from isthmus.verbs import analysis, data, decoding, training
 
 app = typer.Typer(
@@ -15,8 +16,12 @@ app = typer.Typer(
     help="Speech recognition with language models: encoder, projector, LLM.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # its tables cut the names of options on narrow terminals
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "token_normalize_func": with_hyphens,
+    },
 )
 for verbs in (training, decoding, data, analysis):
     app.add_typer(verbs.app)

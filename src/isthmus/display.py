@@ -3,20 +3,23 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from threading import Timer
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column, Table
+from rich.text import Text
 
 from isthmus.errors import IsthmusError
 
 LINES_EVERY = 50  # steps between lines in a log
+PATIENCE = 0.5  # seconds without a word on a terminal
 WINDOW = 20  # steps averaged for display
 
 errors = Console(stderr=True)
@@ -192,6 +195,21 @@ def _curves(metrics: Metrics) -> dict[str, float]:
 
 
 @contextmanager
+def loading(what: str, console: Console | None = None) -> Iterator[None]:
+    """Says on a terminal what it waits for, where that takes more than a moment."""
+    console = console or errors
+    line = f"loading {what} …"
+    timer = Timer(PATIENCE, console.print, (line,), {"highlight": False, "markup": False})
+    timer.daemon = True
+    if console.is_terminal:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int], None]]:
     """A counter of `what` to call with (done, total)."""
     if not errors.is_terminal:
@@ -204,12 +222,23 @@ def counting(what: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """A table on standard output, its first column to the left, the others to the right."""
+    table = Table(box=None)
+    for number, title in enumerate(titles):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    Console().print(table)
+
+
 def print_scores(report: dict[str, Any]) -> None:
     """A table of error rates: each set, and all."""
     table = Table(box=None)
     for column in ("set", "WER %", "95 %", "CER %", "sub", "ins", "del", "words"):
         table.add_column(column, justify="left" if column == "set" else "right")
     rows = [*report["sets"].items(), ("all", report)]
+    rows += [(f"language {name}", score) for name, score in report.get("languages", {}).items()]
     if "ctc" in report:
         rows += [
             (f"{n} (CTC)", s) for n, s in [*report["ctc"]["sets"].items(), ("all", report["ctc"])]
@@ -219,6 +248,9 @@ def print_scores(report: dict[str, Any]) -> None:
         between = "" if interval is None else f"{interval[0] * 100:.1f}-{interval[1] * 100:.1f}"
         counts = [str(score[key]) for key in ("sub", "ins", "del", "words")]
         table.add_row(name, _percent(score["wer"]), between, _percent(score["cer"]), *counts)
+    if "macro" in report:
+        rates = report["macro"]
+        table.add_row("mean of languages", _percent(rates["wer"]), "", _percent(rates["cer"]))
     Console().print(table)
     Console().print(f"normaliser: {report['normaliser']}", highlight=False)
     for name, reasons in report["left_out"].items():

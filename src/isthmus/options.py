@@ -39,11 +39,15 @@ def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable
 
 
 def limit(flag: str, text: str) -> Any:
-    """An option of a positive number, its name written as whisper writes it, or with hyphens."""
-    return typer.Option(f"--{flag}", f"--{flag.replace('-', '_')}", min=1, help=text)
+    """An option of a positive number."""
+    return typer.Option(f"--{flag}", min=1, help=text)
 
 
 def switch(flag: str, text: str) -> Any:
-    """An option that is on or off, named likewise."""
-    hyphens = f"--{flag}/--no-{flag}"
-    return typer.Option(hyphens, hyphens.replace("-", "_").replace("__", "--"), help=text)
+    """An option that is on or off, and off unless given."""
+    return typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
+
+
+def with_hyphens(name: str) -> str:
+    """The name of an option as we write it; whisper's underscores are taken, too."""
+    return name.replace("_", "-")

@@ -5,18 +5,18 @@ stand here.
 """
 
 import difflib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar, overload
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args, overload
 
 import torch
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
-from isthmus.model.encoder import EncoderSettings
+from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
+from isthmus.model.encoder import ConformerSettings, EncoderSettings
 from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import (
     CHAT_TEMPLATE,
@@ -25,12 +25,17 @@ from isthmus.model.llm import (
     LLMSettings,
     character_tokenizer,
 )
-from isthmus.model.parts import SHIPPED, PartSettings, PretrainedSettings, Source, resolve, source
+from isthmus.model.parts import SHIPPED, PartSettings, Source, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.quantise import quantise
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.model.spelling import LETTERS, LetterUnits, UnitSettings
+from isthmus.recipe_files import read_recipe
 from isthmus.speech.augment import Augmentation, SpecAugment
+
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+DEFAULT_LANGUAGE = "default"  # stands for those that a mapping by language does not name
 
 
 class Corpus(PartSettings):
@@ -64,6 +69,10 @@ class DataSettings(PartSettings):
     """On waveforms, in training only."""
     join: JoinSettings | None = None
     """Random concatenation, in training only."""
+    languages: tuple[str, ...] | None = Field(None, min_length=1)
+    """Only utterances in these, as the corpora write them."""
+    language_temperature: float | None = Field(None, ge=1, allow_inf_nan=False)
+    """Above 1, training draws rare languages more often: by their share to the power of 1 / it."""
 
 
 class SpeechDataSettings(DataSettings):
@@ -71,6 +80,8 @@ class SpeechDataSettings(DataSettings):
 
     feature_cache: Literal["none", "bfloat16", "float32"] = "none"
     """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
+    spec_augment: SpecAugment | None = None
+    """On log-mel features, in training only: for a Conformer that is trained too."""
 
 
 class CTCDataSettings(DataSettings):
@@ -145,6 +156,16 @@ class SpeechTrainSettings(TrainSettings):
     """torch.compile of the blocks of encoder and LLM."""
     shard: bool = False
     """Spread the frozen LLM over the processes (FSDP2)."""
+    text_masking: Fraction | dict[str, Fraction] = 0.0
+    """Share of the transcript's tokens that the LLM is not shown; or one for each language."""
+    alignment_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Of a second loss, by which audio embeddings come to be like the transcript's tokens'."""
+
+    def masking(self, language: str) -> float:
+        """The share of a transcript in that language which is masked."""
+        if not isinstance(self.text_masking, dict):
+            return self.text_masking
+        return self.text_masking.get(language, self.text_masking.get(DEFAULT_LANGUAGE, 0.0))
 
 
 class DecodeSettings(PartSettings):
@@ -179,8 +200,12 @@ class DecodeSettings(PartSettings):
     ngram: str | None = None
     """An n-gram language model, a file in ARPA format (.gz too), that has a say in the search."""
     ngram_weight: float = Field(0.3, ge=0)
+    ctc_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """How much of a say the encoder's CTC head has in the search; 0 is none."""
     nbest: int = Field(1, ge=1)
     """Hypotheses to write, the best among them; at most beam_size."""
+    instruction: str | None = None
+    """Another instruction than the run was trained with."""
 
     @model_validator(mode="after")
     def _enough_beams(self) -> "DecodeSettings":
@@ -197,25 +222,35 @@ class Experiment(PartSettings):
     seed: int = Field(0, ge=0)
     train: LoopSettings = LoopSettings()
 
-    def sources(self) -> dict[str, Source]:
-        """Where the pretrained parts come from, with checksums of their weights."""
-        return {}
-
 
 class Recipe(Experiment):
     """A speech encoder and a language model, joined by a trained projector."""
 
     encoder: EncoderSettings = Field(discriminator="type")
-    projector: ProjectorSettings = LinearProjectorSettings()
+    projector: ProjectorSettings = Field(default=LinearProjectorSettings(), discriminator="type")
     llm: LLMSettings
     data: SpeechDataSettings = SpeechDataSettings()
     train: SpeechTrainSettings = SpeechTrainSettings()
     prompt: PromptSettings = Field(default=PaperPrompt(), discriminator="template")
     decode: DecodeSettings = DecodeSettings()
 
+    @model_validator(mode="after")
+    def _features_to_mask(self) -> "Recipe":
+        encoder = self.encoder
+        trained = isinstance(encoder, ConformerSettings) and encoder.tune == "full"
+        if self.data.spec_augment is not None and not trained:
+            raise ValueError(
+                "data.spec_augment masks the features of a Conformer that is trained, and this is "
+                f"encoder.type {encoder.type} with encoder.tune {encoder.tune}: leave it out, or "
+                "set them to conformer and full"
+            )
+        return self
+
     def build(self) -> SpeechLLM:
         """The model: pretrained parts loaded, the projector random (torch's generator)."""
-        encoder, llm = self.encoder.build(), self.llm.build()
+        encoder = self.encoder.build()
+        self.projector.check(encoder, self.encoder)
+        llm = self.llm.build()
         if self.train.precision == "bfloat16":
             if self.encoder.tune == "frozen":
                 encoder.store(torch.bfloat16)
@@ -223,22 +258,20 @@ class Recipe(Experiment):
                 llm.store(torch.bfloat16)
         model = SpeechLLM(
             encoder,
-            self.projector.build(encoder.dim, llm.dim),
+            self.projector.build(encoder, llm),
             llm,
             self.prompt,
             {"encoder": self.encoder.tune, "llm": self.llm.tune},
         )
+        encoder.spec_augment = self.data.spec_augment
         if self.llm.quantise != "none":
             quantise(llm.network, self.llm.quantise)
         return model
 
-    def sources(self) -> dict[str, Source]:
-        parts = {"encoder": self.encoder, "llm": self.llm}
-        return {
-            name: source(part.path, part.revision)
-            for name, part in parts.items()
-            if isinstance(part, PretrainedSettings)
-        }
+    @field_validator("projector", mode="before")
+    @classmethod
+    def _linear_by_default(cls, values: Any) -> Any:
+        return {"type": "linear", **values} if isinstance(values, dict) else values
 
 
 class Pretraining(Experiment):
@@ -246,6 +279,8 @@ class Pretraining(Experiment):
 
     OF_NEW_MODELS: ClassVar[dict[str, Any]]
     """Settings that a model to go on from brings along, with their defaults."""
+    INSTEAD: ClassVar[Mapping[str, str]] = {}
+    """Which of them have no default where another one is given."""
     start_from: str | None = None
     """A model to go on from, instead of random weights."""
 
@@ -256,7 +291,9 @@ class Pretraining(Experiment):
             return values
         given = [name for name in cls.OF_NEW_MODELS if values.get(name) is not None]
         if values.get("start_from") is None:
-            return values | {n: v for n, v in cls.OF_NEW_MODELS.items() if n not in given}
+            other = {name for name, instead in cls.INSTEAD.items() if instead in given}
+            new = cls.OF_NEW_MODELS.items()
+            return values | {n: v for n, v in new if n not in given and n not in other}
         if given:
             raise ValueError(f"start_from brings its own {', '.join(given)}: leave out one or both")
         return values
@@ -271,23 +308,36 @@ class CTCRecipe(Pretraining):
     OF_NEW_MODELS = {  # noqa: RUF012
         "architecture": ConformerArchitecture(),
         "front_end": LogMelSettings(),
-        "letters": "abcdefghijklmnopqrstuvwxyz' ",
+        "letters": LETTERS,
+        "units": None,
     }
+    INSTEAD = {"letters": "units"}  # noqa: RUF012
     architecture: ConformerArchitecture | None = None
     front_end: LogMelSettings | None = None
     letters: str | None = Field(None, min_length=1)
-    """The spelling units."""
+    """The spelling units, where they are letters; the same as units of type letters."""
+    units: UnitSettings | None = Field(None, discriminator="type")
+    """Other spelling units."""
     data: CTCDataSettings = CTCDataSettings()
     train: TrainSettings = TrainSettings()
 
-    def build(self) -> ConformerCTC:
-        """The model of `start_from`, or one with random weights (torch's generator)."""
+    @model_validator(mode="after")
+    def _one_spelling(self) -> "CTCRecipe":
+        if self.letters is not None and self.units is not None:
+            raise ValueError("letters and units are two ways to say the same: give one of them")
+        return self
+
+    def build(self, units: PreTrainedTokenizerFast | None = None) -> ConformerCTC:
+        """The model of `start_from`, or one with random weights (torch's generator).
+
+        `units`: those learnt for `self.units`.
+        """
         if self.start_from:
             return ConformerCTC.load(resolve(self.start_from)).float()
         assert self.architecture is not None
-        assert self.letters is not None
         assert self.front_end is not None
-        units = letter_tokenizer(self.letters)
+        if units is None:
+            units = (self.units or LetterUnits(letters=self.letters or LETTERS)).tokenizer([])
         return ConformerCTC.initial(self.architecture, units, self.front_end)
 
 
@@ -324,26 +374,6 @@ class LanguageRecipe(Pretraining):
 AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everyone but YAML 1.1 believes."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?([eE][-+]?\d+)$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str) -> Any:
-    """Raises IsthmusError for what is not YAML."""
-    try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise IsthmusError(f"{text[:60]!r} is not valid YAML: {where}.") from error
-
-
 @overload
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe: ...
 
@@ -361,23 +391,20 @@ def load_recipe(
 
     Raises IsthmusError naming the file, the key, the value, and what would be right.
     """
-    file = find_recipe(str(path))
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8")) or {}
-    except IsthmusError as error:
-        raise IsthmusError(f"{file}: {error}") from error
-    if not isinstance(values, dict):
-        raise IsthmusError(f"{file} holds no settings (key: value lines).")
-    for override in overrides:
-        _override(values, override)
+    file, values = read_recipe(path, overrides)
+    return checked_settings(kind, values, f"{file} is not a valid recipe")
+
+
+Settings = TypeVar("Settings", bound=PartSettings)
+
+
+def checked_settings(kind: type[Settings], values: object, fault: str) -> Settings:
+    """`values` as settings of a kind; raises IsthmusError: `fault`, and a line for each."""
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         lines = [f"  {line}" for line in _explain(error, kind)]
-        raise IsthmusError("\n".join([f"{file} is not a valid recipe:", *lines])) from error
-
-
-Settings = TypeVar("Settings", bound=PartSettings)
+        raise IsthmusError("\n".join([f"{fault}:", *lines])) from error
 
 
 def change_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
@@ -391,48 +418,13 @@ def change_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 def dump_recipe(recipe: Experiment) -> str:
     """The resolved recipe as YAML: every default written out, local models by their full path."""
     values = recipe.model_dump(mode="json")
-    parts = [(values.get(name, {}), "path") for name in ("encoder", "llm")]
-    for part, key in [(values, "start_from"), *parts]:
+    parts = [values.get(name, {}) for name in ("encoder", "projector", "llm")]
+    parts += [part for part in map(parts[0].get, ("first", "second")) if part]
+    for part, key in [(values, "start_from"), *((part, "path") for part in parts)]:
         name = part.get(key)
-        if name and name not in SHIPPED and Path(name).expanduser().is_dir():
+        if name and name not in SHIPPED and Path(name).expanduser().exists():
             part[key] = str(Path(name).expanduser().absolute())
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Recipes that come with isthmus, by name such as `tiny/projector`."""
-    package = Path(__file__).resolve().parent
-    for folder in (package / "recipes", package.parent.parent / "recipes"):
-        if folder.is_dir():
-            files = sorted(folder.rglob("*.yaml"))
-            return {str(file.relative_to(folder).with_suffix("")): file for file in files}
-    return {}
-
-
-def find_recipe(name: str) -> Path:
-    """The file `name`, or the shipped recipe of that name."""
-    if Path(name).is_file():
-        return Path(name)
-    shipped = shipped_recipes()
-    short = name.removeprefix("recipes/").removesuffix(".yaml")
-    if short in shipped:
-        return shipped[short]
-    near = difflib.get_close_matches(short, shipped, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else " `isthmus recipes` lists the shipped ones."
-    raise IsthmusError(f"No recipe {name!r}: neither a file nor shipped.{hint}")
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise IsthmusError(f"{override!r} is not an override. Write key.subkey=value.")
-    *path, last = key.split(".")
-    for name in path:
-        below = values.setdefault(name, {})
-        if not isinstance(below, dict):
-            raise IsthmusError(f"{override!r}: {name} is a value, it has no key {last!r}.")
-        values = below
-    values[last] = parse_yaml(text)
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
@@ -460,8 +452,15 @@ def _known_keys(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
         for model in models:
             if name in model.model_fields:
                 below += list(_models_in(model.model_fields[name].annotation))
-        models = below or models  # a union's tag or a list's index is no field: stay
+        tagged = [model for model in models if _has_tag(model, name)]
+        models = below or tagged or models  # a list's index is no field: stay
     return {name for model in models for name in model.model_fields}
+
+
+def _has_tag(model: type[BaseModel], tag: str) -> bool:
+    """Whether a union of parts knows this one by the tag."""
+    fields = [model.model_fields.get(name) for name in ("type", "template")]
+    return any(tag in get_args(field.annotation) for field in fields if field)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -288,3 +288,24 @@ def test_ctc_is_refused_before_decoding(
     code, _, err = isthmus("evaluate", run, corpus, "--ctc")
     assert code == 1
     assert "no CTC head" in err
+
+
+def test_languages_have_rows_of_their_own(
+    corpus: Path, transcriber: Transcriber, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = []
+    for name, text in TEXTS.items():
+        row = {"id": name, "audio": str(corpus / f"{name}.wav"), "text": text}
+        lines.append(json.dumps(row | {"language": "en" if name < "c" else "he"}) + "\n")
+    lines[-1] = lines[-1].replace("yes", "\u05db\u05bc\u05df")  # with a point
+    manifest = corpus.parent / "languages.jsonl"
+    manifest.write_text("".join(lines))
+    report = evaluate(transcriber, [str(manifest)]).to_dict()
+    assert set(report["languages"]) == {"en", "he"}
+    parts = [report["languages"][name]["wer"] for name in ("en", "he")]
+    assert report["macro"]["wer"] == sum(parts) / 2
+    assert "1 transcripts have marks" in caplog.text
+    caplog.clear()
+    evaluate(transcriber, [str(manifest)], normaliser="basic-marks")
+    assert "marks" not in caplog.text
+    assert "languages" not in evaluate(transcriber, [str(corpus)]).to_dict()

@@ -1,6 +1,7 @@
 """One way through all audio: a transcript or a fault for each, whatever the others are."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ import soundfile
 import torch
 from torch import Tensor
 
+from isthmus.decoding import inputs
 from isthmus.decoding import transcriber as module
+from isthmus.decoding.formats import as_srt, as_tsv
 from isthmus.decoding.timestamps import load_ctc
 from isthmus.decoding.transcriber import DecodeChanges, Speech, Transcriber, load
 from isthmus.decoding.transcript import Transcript
@@ -22,6 +25,7 @@ from isthmus.recipe import DecodeSettings, Recipe
 from isthmus.speech.activity import Region
 from isthmus.speech.audio import AudioInfo, audio_info, load_audio
 from isthmus.speech.corpora import load_cut, read_corpus
+from isthmus.speech.synthesis import Voice, speak
 
 Waves = Callable[..., Tensor]
 Build = Callable[..., Transcriber]
@@ -120,7 +124,7 @@ def test_lengths_are_asked_once_and_a_torn_file_is_said_to_be_torn(
         asked.append(source)
         return audio_info(source)
 
-    monkeypatch.setattr(module, "audio_info", asking)
+    monkeypatch.setattr(inputs, "audio_info", asking)
     monkeypatch.setattr(module, "load_audio", lambda path: path == good and load_audio(path))
     found = {result.index: result.found for result in transcriber.results([torn, good])}
     assert asked == [torn, good]
@@ -205,6 +209,27 @@ def test_long_speech_is_the_speech_of_its_parts() -> None:
     parts = transcriber.transcribe([chunk.waveform for chunk in chunks])
     assert len(whole.segments) == len(chunks) >= 4
     assert [segment.text for segment in whole.segments] == [part.text for part in parts]
+
+
+@pytest.mark.parametrize("chunk_seconds", [30.0, 3.0])
+def test_segments_of_timed_words_last_from_the_first_to_the_last(chunk_seconds: float) -> None:
+    """As in whisper: so subtitles, tables and JSON have the same times."""
+    silence = np.zeros(16000, np.float32)
+    said, _ = speak("one two three", Voice("en-us", rate=140))
+    waveform = np.concatenate([silence, said, silence, said, silence])
+    transcriber = load(chunk_seconds=chunk_seconds, gate="none")
+    timed = transcriber.transcribe(waveform, word_timestamps=True)
+    plain = transcriber.transcribe(waveform)
+    assert plain.segments[0].start == 0.0
+    assert timed.segments[0].text.startswith("one two three")
+    for segment in filter(lambda one: one.text, timed.segments):
+        assert segment.start == segment.words[0].start > 0
+        assert segment.end == segment.words[-1].end < timed.duration
+    rows = [line.split("\t")[:2] for line in as_tsv(timed.segments).splitlines()[1:]]
+    times = [
+        re.findall(r"\d+", line) for line in as_srt(timed.segments).splitlines() if ">" in line
+    ]
+    assert rows == [[str(int(s) * 1000 + int(m)) for s, m in (t[2:4], t[6:8])] for t in times]
 
 
 def test_transcripts_stand_in_the_order_given(build: Build, waves: Waves) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
@@ -19,6 +20,8 @@ from isthmus.model.encoder import (
     Encoder,
     EncoderSettings,
     FBankEncoder,
+    PairEncoder,
+    PairSettings,
     ParakeetEncoder,
     SelfSupervisedEncoder,
     WhisperEncoder,
@@ -27,7 +30,8 @@ from isthmus.model.encoder import (
 from isthmus.speech.audio import SAMPLE_RATE
 
 Waves = Callable[..., Tensor]
-FRAME_RATES = {"fbank": 100.0, "conformer": 25.0, "parakeet": 12.5}  # the others have 50
+FRAME_RATES = {"fbank": 100.0, "conformer": 25.0, "parakeet": 12.5, "pair": 25.0}  # others have 50
+WIDTHS = {"fbank": 80, "pair": 32}  # the others have 16
 LENGTHS = [
     1,
     2,
@@ -75,7 +79,7 @@ def test_every_encoder_is_tested(
 
 
 def test_states_its_frames(encoder: Encoder, encoder_name: str, waves: Waves) -> None:
-    assert encoder.dim == (80 if encoder_name == "fbank" else 16)
+    assert encoder.dim == WIDTHS.get(encoder_name, 16)
     assert encoder.frame_rate == FRAME_RATES.get(encoder_name, 50.0)
     (frames,) = encode(encoder, waves(SAMPLE_RATE * 2))
     assert frames.shape[1] == encoder.dim
@@ -151,8 +155,8 @@ def reference(encoder: Encoder, folder: Path, waveform: Tensor) -> Tensor:
 def test_frames_are_those_of_transformers(
     encoder: Encoder, encoder_name: str, model_folder: Callable[[str], Path], waves: Waves
 ) -> None:
-    if isinstance(encoder, FBankEncoder):
-        pytest.skip("no network")
+    if isinstance(encoder, FBankEncoder | PairEncoder):
+        pytest.skip("no network of its own")
     unpadded = encoder_name == "whisper-unpadded"  # transformers only takes 30 s
     waveform = waves(30 * SAMPLE_RATE if unpadded else 30_000)
     expected = reference(encoder, model_folder(encoder_name), waveform)
@@ -181,6 +185,48 @@ def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> N
 
 def test_only_the_conformer_can_spell(encoder: Encoder, encoder_name: str) -> None:
     assert (encoder.ctc is not None) == (encoder_name == "conformer")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("conformer", "hubert-layer"), ("fbank", "parakeet"), ("wavlm-group", "fbank")],
+)
+def test_a_pair_is_both_side_by_side(
+    encoder_settings: Callable[[str], Any], waves: Waves, first: str, second: str
+) -> None:
+    """Each of the first's frames beside that of the second which is heard at the same time."""
+    settings = PairSettings(first=encoder_settings(first), second=encoder_settings(second))
+    pair = settings.build().eval()
+    for length in (1, 500, 16_123, 30_001):
+        own, others = (encode(one, waves(length))[0] for one in (pair.first, pair.second))
+        (frames,) = encode(pair, waves(length))
+        for place, frame in enumerate(frames):
+            second = int((place + 0.5) * pair.second.frame_rate / pair.first.frame_rate)
+            there = min(second, len(others) - 1)
+            torch.testing.assert_close(frame, torch.cat([own[place], others[there]]))
+        assert len(frames) == len(own)
+
+
+def test_a_pair_takes_what_both_take(encoder_settings: Callable[[str], Any]) -> None:
+    settings = PairSettings(first=encoder_settings("conformer"), second=encoder_settings("whisper"))
+    pair = settings.build()
+    assert pair.max_seconds == 30.0
+    pair.store(torch.bfloat16)
+    assert {value.dtype for value in pair.parameters()} == {torch.bfloat16}
+    assert {name: source.name for name, source in settings.sources().items()} == {
+        "first": settings.first.path,
+        "second": settings.second.path,
+    }
+
+
+def test_pairs_that_cannot_be(encoder_settings: Callable[[str], Any]) -> None:
+    one, pair = encoder_settings("conformer"), encoder_settings("pair").model_dump()
+    tuned = one.model_copy(update={"tune": "full"})
+    with pytest.raises(ValidationError, match=r"first\.tune is frozen, second\.tune full"):
+        PairSettings(first=one, second=tuned)
+    with pytest.raises(ValidationError, match=r"'pair' .*does not match any of the expected tags"):
+        PairSettings.model_validate({"first": pair, "second": pair["second"]})
 
 
 def test_the_folder_must_hold_the_type(

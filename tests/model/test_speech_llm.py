@@ -36,7 +36,7 @@ def join(encoder_settings: Callable[[str], Any], load_llm: LoadLLM) -> Join:
         encoder = encoder_settings(encoder).build() if isinstance(encoder, str) else encoder
         llm = load_llm(llm) if isinstance(llm, str) else llm
         settings = LinearProjectorSettings(downsample_rate=2, hidden=32)
-        projector = settings.build(encoder.dim, llm.dim)
+        projector = settings.build(encoder, llm)
         return SpeechLLM(encoder, projector, llm, prompt or PaperPrompt(), tune)
 
     return build

@@ -5,11 +5,13 @@ import subprocess
 import sys
 
 import jiwer
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isthmus.scoring import ErrorCounts, score, score_sets
+from isthmus.scoring.error_rate import percentile_interval, resampled_rates
 
 WORDS = st.lists(st.sampled_from(["a", "b", "cat", "dog", "the", "é"]), max_size=8).map(" ".join)
 CORPUS = st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=6)
@@ -191,6 +193,33 @@ def test_order_of_hypotheses_does_not_matter() -> None:
     references, hypotheses = both([("a b", "a c"), ("d", "d"), ("e f", "f")])
     shuffled = dict(reversed(hypotheses.items()))
     assert score(references, hypotheses) == score(references, shuffled)
+
+
+def test_intervals_do_not_depend_on_the_order_of_utterances() -> None:
+    """`evaluate` scores the shortest first, `score` as the file has them."""
+    references = {f"u{i}": "a b c d"[: 1 + 2 * (i % 4)] for i in range(40)}
+    hypotheses = {
+        id: text.replace("b", "x" if id > "u2" else "b") for id, text in references.items()
+    }
+    backwards = dict(reversed(references.items()))
+    there, back = score(references, hypotheses), score(backwards, hypotheses)
+    assert there.interval == back.interval
+    assert there.cer_interval == back.cer_interval
+    pooled = score_sets({"set": (backwards, hypotheses)}).pooled
+    assert (pooled.interval, pooled.cer_interval) == (there.interval, there.cer_interval)
+    # drawn in the order given, they would differ
+    drawn = [
+        percentile_interval(
+            resampled_rates(
+                np.array([[one.counts.errors for one in found.utterances]]),
+                np.array([[one.counts.words for one in found.utterances]]),
+                seed=0,
+                resamples=1000,
+            )[0]
+        )
+        for found in (there, back)
+    ]
+    assert drawn[0] != drawn[1]
 
 
 def test_listing_marks_errors_worst_first() -> None:

@@ -149,6 +149,48 @@ def test_wrong_kind_or_source_is_explained(tmp_path: Path) -> None:
         prepare("kaldi", tmp_path, tmp_path / "out")
 
 
+def real(folder: str, count: int = 2) -> list[tuple[str, bytes]]:
+    """Transcripts and FLAC files of real speech."""
+    if not (SPEECH / folder / "dev.jsonl").is_file():
+        pytest.skip(f"no speech data at {SPEECH}; set ISTHMUS_SPEECH")
+    rows = rows_of(SPEECH / folder / "dev.jsonl")[:count]
+    return [(str(row["text"]), (SPEECH / folder / str(row["audio"])).read_bytes()) for row in rows]
+
+
+def test_several_languages_of_mls_with_real_speech(tmp_path: Path) -> None:
+    spoken = {"english": "en_kathleen", "german": "de_kerstin", "dutch": "nl_nathalie"}
+    for name, folder in spoken.items():
+        split = tmp_path / "mls" / f"mls_{name}" / "train"
+        lines = []
+        for number, (text, audio) in enumerate(real(folder)):
+            file = split / "audio" / "7" / "8" / f"7_8_{number:06d}.flac"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(audio)
+            lines.append(f"{file.stem}\t{text}\n")
+        (split / "transcripts.txt").write_text("".join(lines), encoding="utf-8")
+    manifests = prepare("mls", tmp_path / "mls", tmp_path / "out")
+    assert set(manifests) == {f"mls_{name}-train" for name in spoken}
+    for name, code in (("english", "en"), ("german", "de"), ("dutch", "nl")):
+        cuts = read_corpus(manifests[f"mls_{name}-train"])
+        report = check_corpus(cuts)
+        assert (report.n_ok, report.n_rejected, report.languages) == (2, 0, {code: 2})
+        texts = [text for text, _ in real(spoken[name])]
+        assert [cut.supervisions[0].text for cut in cuts] == texts
+
+
+def test_librispeech_with_real_speech(tmp_path: Path) -> None:
+    chapter = tmp_path / "LibriSpeech" / "dev-clean" / "84" / "9"
+    chapter.mkdir(parents=True)
+    found = real("en_kathleen", 3)
+    for number, (_, audio) in enumerate(found):
+        (chapter / f"84-9-{number:04d}.flac").write_bytes(audio)
+    lines = [f"84-9-{number:04d} {text.upper()}\n" for number, (text, _) in enumerate(found)]
+    (chapter / "84-9.trans.txt").write_text("".join(lines))
+    cuts = read_corpus(prepare("librispeech", tmp_path, tmp_path / "out")["dev-clean"])
+    assert check_corpus(cuts).languages == {"en": 3}
+    assert [cut.supervisions[0].text for cut in cuts] == [text for text, _ in found]
+
+
 def test_real_speech_survives_a_round_trip(tmp_path: Path) -> None:
     source = SPEECH / "en_barista"
     if not (source / "dev.jsonl").is_file():

@@ -76,7 +76,7 @@ def whisper_llama(
     """30 s of audio at most; 256 positions."""
     llm = LLMSettings(path=str(model_folder("llama"))).build()
     encoder = encoder_settings("whisper").build()
-    projector = LinearProjectorSettings(downsample_rate=10, hidden=8).build(encoder.dim, llm.dim)
+    projector = LinearProjectorSettings(downsample_rate=10, hidden=8).build(encoder, llm)
     return SpeechLLM(encoder, projector, llm, PaperPrompt())
 
 

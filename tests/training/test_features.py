@@ -21,6 +21,7 @@ from lhotse import AudioSource, MonoCut, Recording
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
+from isthmus.model.encoder import PairSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import load_cut
 from isthmus.training import features
@@ -420,6 +421,19 @@ def test_the_description_tells_encoders_apart(
     for name, description in zip(("a", "b"), described, strict=False):
         FeatureCache(tmp_path / name, description).close()
         FeatureCache(tmp_path / name, description)  # JSON gives it back as it is
+
+
+def test_a_pair_is_told_apart_by_both(encoder_settings: Callable[[str], Any]) -> None:
+    def described(first: str, second: str) -> dict[str, Any]:
+        pair = PairSettings(first=encoder_settings(first), second=encoder_settings(second))
+        return encoder_description(pair, dtype="float32", precision="float32")
+
+    one = described("conformer", "whisper")
+    assert "path" not in json.dumps(one["encoder"])
+    assert {name.partition("/")[0] for name in one["sha256"]} == {"first", "second"}
+    others = [("whisper", "conformer"), ("conformer", "hubert-layer"), ("parakeet", "whisper")]
+    assert all(described(*names) != one for names in others)
+    assert described("conformer", "whisper") == one
 
 
 def test_a_model_is_its_files(tmp_path: Path, encoder_settings: Callable[[str], Any]) -> None:

@@ -39,7 +39,7 @@ def speech_llm(encoder_settings: Callable[[str], Any], load_llm: Callable[..., L
                 nn.init.normal_(value, std=0.3)
         if int8:
             quantise(llm.network.requires_grad_(False), "int8")
-        projector = LinearProjectorSettings(downsample_rate=2, hidden=32).build(16, llm.dim)
+        projector = LinearProjectorSettings(downsample_rate=2, hidden=32).build(encoder, llm)
         return SpeechLLM(encoder, projector, llm, PaperPrompt(), {"llm": tune}).eval()
 
     return build

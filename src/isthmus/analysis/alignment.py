@@ -45,6 +45,15 @@ def align(model: "SpeechLLM", waveform: NDArray[np.float32], text: str) -> Align
     Raises:
         IsthmusError: the text has no tokens, or the audio gives no embedding.
     """
+    said = token_directions(model, text)
+    return compare(audio_directions(model, waveform), said, text, len(waveform) / SAMPLE_RATE)
+
+
+def token_directions(model: "SpeechLLM", text: str) -> tuple[tuple[str, ...], Matrix]:
+    """The tokens (L) of a text, and their embeddings (L, E), all of length 1.
+
+    Raises IsthmusError for a text without tokens.
+    """
     import torch
 
     from isthmus.model.prompt import plain_tokens
@@ -54,24 +63,41 @@ def align(model: "SpeechLLM", waveform: NDArray[np.float32], text: str) -> Align
     if not ids:
         raise IsthmusError(f"The transcript {text!r} has no tokens to align. Give what is said.")
     device = next(model.projector.parameters()).device
+    with torch.inference_mode():
+        embedded = model.llm.embed(torch.tensor(ids, device=device)).float()
+        unit = torch.nn.functional.normalize(embedded, dim=-1).cpu().numpy()
+    return tuple(str(tokenizer.decode([token])) for token in ids), unit
+
+
+def audio_directions(model: "SpeechLLM", waveform: NDArray[np.float32]) -> Matrix:
+    """The audio embeddings (A, E) of a waveform (S,), all of length 1.
+
+    Raises IsthmusError where there are none.
+    """
+    import torch
+
+    device = next(model.projector.parameters()).device
     samples = torch.tensor(waveform, dtype=torch.float32, device=device)[None]  # (1, S)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
             audio = model.embed_audio(samples, torch.tensor([len(waveform)], device=device))[0]
-            heard = torch.nn.functional.normalize(audio.float(), dim=-1)  # (A, E)
-            tokens = model.llm.embed(torch.tensor(ids, device=device)).float()
-            said = torch.nn.functional.normalize(tokens, dim=-1)  # (L, E)
-            similarity = (heard @ said.T).cpu().numpy()
+            unit: Matrix = torch.nn.functional.normalize(audio.float(), dim=-1).cpu().numpy()
     finally:
         model.train(training)
-    if not len(similarity):
+    if not len(unit):
         raise IsthmusError(
             f"{len(waveform)} samples of audio are too short for one audio embedding. Give more."
         )
-    names = tuple(str(tokenizer.decode([token])) for token in ids)
-    return Alignment(text, names, similarity, len(waveform) / SAMPLE_RATE)
+    return unit
+
+
+def compare(
+    heard: Matrix, said: tuple[tuple[str, ...], Matrix], text: str, seconds: float
+) -> Alignment:
+    """The alignment of audio to tokens, as the two functions above give them."""
+    return Alignment(text, said[0], heard @ said[1].T, seconds)
 
 
 def monotonicity(similarity: Matrix, *, permutations: int = 200, seed: int = 0) -> float:

@@ -19,11 +19,13 @@ from isthmus.decoding.transcriber import Speech, Transcriber
 from isthmus.decoding.transcript import Segment, Transcript, together
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
-from isthmus.scoring import SetScores, score_sets
+from isthmus.scoring import LanguageScores, SetScores, score_languages, score_sets
 from isthmus.scoring import normaliser as find_normaliser
+from isthmus.scoring.normalise import has_marks
 from isthmus.speech.audio import SAMPLE_RATE, AudioError
 from isthmus.speech.corpora import read_corpus, usable
 from isthmus.training.batches import collate, transcript
+from isthmus.training.languages import language
 
 OnBatch = Callable[[int, int], None]  # utterances done, of how many
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class Evaluation:
     settings: dict[str, Any]
     left_out: dict[str, Counter[str]] = field(default_factory=dict)  # of each set, by reason
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
+    languages: LanguageScores | None = None  # where there are several
 
     @property
     def calibration(self) -> Calibration | None:
@@ -63,7 +66,9 @@ class Evaluation:
         decoded = [item for items in self.sets.values() for item in items]
         computing = sum(item.seconds for item in decoded)
         audio = sum(item.transcript.duration for item in decoded)
-        return self.scores.to_dict() | {
+        return {
+            **self.scores.to_dict(),
+            **(self.languages.to_dict() if self.languages else {}),
             "left_out": self.left_out,
             "decode": self.settings,
             "feature_cache": self.feature_cache,
@@ -119,9 +124,24 @@ def evaluate(
     scores = score_sets(
         {name: _texts(items) for name, items in decoded.items()}, normaliser=normaliser
     )
+    spoken = {n: {one.cut.id: language(one.cut) for one in items} for n, items in decoded.items()}
+    languages = score_languages(scores, spoken)
+    _warn_of_marks(decoded, normaliser)
     settings = transcriber.settings.model_dump(mode="json")
-    cache = transcriber.cache
-    return Evaluation(decoded, scores, settings, left_out, cache.precision if cache else "none")
+    cache = transcriber.cache.precision if transcriber.cache else "none"
+    return Evaluation(decoded, scores, settings, left_out, cache, languages)
+
+
+def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> None:
+    if normaliser != "basic":
+        return
+    marked = [one for items in decoded.values() for one in items if has_marks(transcript(one.cut))]
+    if marked:
+        log.warning(
+            "%d transcripts have marks such as vowel points, which the normaliser basic makes "
+            "spaces: words fall apart. Score them with --normaliser basic-marks.",
+            len(marked),
+        )
 
 
 def check_ctc(transcriber: Transcriber) -> None:

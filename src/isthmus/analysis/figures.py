@@ -21,11 +21,19 @@ def count_text(number: int) -> str:
     return str(number)
 
 
+def duration_text(seconds: float) -> str:
+    """Two largest units: 1 h 12 min, 3 min 5 s."""
+    return " ".join(f"{number} {unit}" for number, unit in _largest_units(seconds))
+
+
 def duration_html(seconds: float) -> str:
     """Two largest units, as HTML."""
+    return " ".join(f"{number}<small>{unit}</small>" for number, unit in _largest_units(seconds))
+
+
+def _largest_units(seconds: float) -> list[tuple[int, str]]:
     whole = round(seconds)
     hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
     pairs = [(hours, "h"), (minutes, "min"), (rest, "s")]
     first = next((place for place, (number, _) in enumerate(pairs) if number), 2)
-    shown = [pair for pair in pairs[first : first + 2] if pair[0] or len(pairs[first:]) == 1]
-    return " ".join(f"{number}<small>{unit}</small>" for number, unit in shown)
+    return [pair for pair in pairs[first : first + 2] if pair[0] or len(pairs[first:]) == 1]

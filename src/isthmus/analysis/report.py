@@ -115,15 +115,20 @@ def render(report: Report) -> str:
         _commands(report.commands or {}),
         _settings(report.settings),
     ]
+    return page(report.title, sections, report.files)
+
+
+def page(title: str, sections: Sequence[str], files: str = "") -> str:
+    """An HTML page of sections, those that are empty left out; `files` is where its data lies."""
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
-        f"<title>{escape(report.title)}</title>\n"
+        f"<title>{escape(title)}</title>\n"
         f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n<main>\n"
         + "\n".join(section for section in sections if section)
-        + f"\n<footer>Made by isthmus. {escape(report.files)}</footer>\n</main>\n</body>\n</html>\n"
+        + f"\n<footer>Made by isthmus. {escape(files)}</footer>\n</main>\n</body>\n</html>\n"
     )
 
 
@@ -188,7 +193,7 @@ def _model(parts: Sequence[Part]) -> str:
     )
     note = "The bar shows what share of all parameters each part has; orange was trained."
     path = f'<ol class="path">{"".join(steps)}</ol><div class="shares">{shares}</div>'
-    return _section("From audio to text", path + _note(note))
+    return html_section("From audio to text", path + html_note(note))
 
 
 def _curves(curves: Curves | None) -> str:
@@ -221,7 +226,7 @@ def _curves(curves: Curves | None) -> str:
         f'<p>{text}</p><div class="pair">{figures}</div>'
         f'<p class="chart-key"><span>training, mean of {window} steps</span> {dots}</p>'
     )
-    return _section("Learning to listen", body)
+    return html_section("Learning to listen", body)
 
 
 def _scores(scores: SetScores | None) -> str:
@@ -244,7 +249,7 @@ def _scores(scores: SetScores | None) -> str:
     if pooled.missing:
         note += f" {len(pooled.missing):,} utterances without a hypothesis count as empty."
     titles = ("Set", "Utterances", "Words", "WER %", "95 % interval", "CER %")
-    return _section("Error rates", _table("scores", titles, rows) + _note(escape(note)))
+    return html_section("Error rates", html_table("scores", titles, rows) + html_note(escape(note)))
 
 
 def _calibration(found: Calibration | None) -> str:
@@ -257,7 +262,7 @@ def _calibration(found: Calibration | None) -> str:
         f"is off by {100 * found.error:.1f} % on average (expected calibration error); on the line "
         "it would be right as often as it says. A larger dot stands for more words."
     )
-    return _section("How sure, how right", f"<figure>{chart}</figure>{_note(escape(text))}")
+    return html_section("How sure, how right", f"<figure>{chart}</figure>{html_note(escape(text))}")
 
 
 def _examples(examples: Sequence[Example]) -> str:
@@ -275,8 +280,8 @@ def _examples(examples: Sequence[Example]) -> str:
         f'<td data-name="heard">{_marked(utterance.alignment, 1)}</td></tr>'
         for utterance in aligned.utterances
     )
-    table = _table("texts", ("Said (reference)", "Heard (hypothesis)"), rows)
-    return _section("Examples", table + _note("Words that differ are underlined."))
+    table = html_table("texts", ("Said (reference)", "Heard (hypothesis)"), rows)
+    return html_section("Examples", table + html_note("Words that differ are underlined."))
 
 
 def _marked(alignment: Sequence[tuple[str, str]], side: int) -> str:
@@ -307,22 +312,22 @@ def _alignments(alignments: Sequence[Alignment]) -> str:
         "Only the highest quarter of the cells is drawn. Order is 1 where tokens find their audio "
         "perfectly in order, about 0 by chance."
     )
-    body = f'{text}<div class="pair">{figures}</div>{_note(note)}'
-    return _section("What each token resembles", body)
+    body = f'{text}<div class="pair">{figures}</div>{html_note(note)}'
+    return html_section("What each token resembles", body)
 
 
 def _transcripts(transcripts: Mapping[str, str]) -> str:
     if not transcripts:
         return ""
     rows = {escape(name): escape(text) or NOTHING for name, text in transcripts.items()}
-    return _section("Your recordings", _definitions("own", rows))
+    return html_section("Your recordings", _definitions("own", rows))
 
 
 def _commands(commands: Mapping[str, str]) -> str:
     if not commands:
         return ""
     rows = {escape(what): f"<code>{escape(line)}</code>" for line, what in commands.items()}
-    return _section("What to type next", _definitions("next", rows))
+    return html_section("What to type next", _definitions("next", rows))
 
 
 def _settings(settings: str) -> str:
@@ -332,13 +337,15 @@ def _settings(settings: str) -> str:
     return f"<details>{summary}<pre>{escape(settings)}</pre></details>"
 
 
-def _table(kind: str, titles: Sequence[str], rows: str) -> str:
+def html_table(kind: str, titles: Sequence[str], rows: str) -> str:
+    """A table of rows that are HTML already; `kind` is a class of report.css."""
     head = "".join(f"<th>{title}</th>" for title in titles)
     body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     return f'<table class="{kind}">{body}</table>'
 
 
-def _note(text: str) -> str:
+def html_note(text: str) -> str:
+    """Small print, HTML already."""
     return f'<p class="note">{text}</p>'
 
 
@@ -347,5 +354,6 @@ def _definitions(kind: str, rows: Mapping[str, str]) -> str:
     return f'<dl class="{kind}">{items}</dl>'
 
 
-def _section(title: str, body: str) -> str:
+def html_section(title: str, body: str) -> str:
+    """A section of the page; both are HTML already."""
     return f"<section><h2>{title}</h2>{body}</section>"

@@ -15,6 +15,8 @@ LEVELS = 12  # shades of a heat map
 BLANK = 0.75  # quantile of a heat map below which nothing is drawn
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 440, 46, 14, 12, 40  # of a drawing and its margins, in px
 CHART_HEIGHT = 250
+WIDE, WIDE_HEIGHT, KEY_ROW = 760, 360, 20  # of a chart of several runs, and a line of its key
+COLOURS = 8  # of runs, as in report.css; further ones are dashed
 SMALLEST_ROW, LARGEST_ROW = 4.5, 16.0  # height of a heat map's row
 ROWS_HEIGHT = 320.0  # that a heat map aims at
 LETTER = 6.2  # width of a letter of a token
@@ -61,6 +63,17 @@ def ticks(low: float, high: float, about: int = 5) -> list[float]:
     return [number * step for number in range(first, last + 1)]
 
 
+@dataclass(frozen=True)
+class RunCurve:
+    """The accuracy of one run, and where it jumped."""
+
+    name: str
+    note: str  # what is said of it in the key
+    steps: Sequence[float]
+    values: Sequence[float]  # fractions
+    mark: float | None = None  # step
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -96,6 +109,39 @@ def line_chart(
         if kind == "dev":
             parts += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="2.5"/>' for x, y in places]
     return _drawing(CHART_HEIGHT, label, parts)
+
+
+def runs_chart(runs: Sequence[RunCurve], *, label: str) -> str:
+    """Accuracies of runs over training steps, jumps dashed; below it a key with a line a run."""
+    drawn = [downsample(run.steps, run.values) for run in runs]
+    last_step = max((x for line in drawn for x, _ in line), default=1.0)
+    across, high = WIDE - LEFT - RIGHT, WIDE_HEIGHT - TOP - BOTTOM
+
+    def place(step: float, value: float) -> tuple[float, float]:
+        return LEFT + across * step / last_step, TOP + high * (1 - min(value, 1.0))
+
+    parts = []
+    for value in ticks(0.0, 1.0):
+        y = place(0, value)[1]
+        parts.append(f'<path class="grid" d="M{LEFT} {y:.1f}H{WIDE - RIGHT}"/>')
+        parts.append(_text(LEFT - 8, y + 4, f"{100 * value:.0f} %", "end"))
+    for step in ticks(0.0, last_step, about=8):
+        x = place(step, 0)[0]
+        anchor = "middle" if x < WIDE - 2 * RIGHT else "end"  # the last one stays within
+        parts.append(_text(x, TOP + high + 18, f"{step:,.0f}", anchor))
+    parts.append(_text(LEFT + across / 2, TOP + high + 36, "training step", "middle"))
+    for number, (run, line) in enumerate(zip(runs, drawn, strict=True)):
+        kind = f"run run{number % COLOURS}{' more' if number >= COLOURS else ''}"
+        if run.mark is not None:
+            x = place(run.mark, 0)[0]
+            parts.append(f'<path class="jump {kind}" d="M{x:.1f} {TOP}v{high}"/>')
+        path = "L".join(f"{x:.1f} {y:.1f}" for x, y in (place(*point) for point in line))
+        parts.append(f'<path class="line {kind}" d="M{path}"/>' if path else "")
+        y = WIDE_HEIGHT + KEY_ROW * (number + 1)
+        parts.append(f'<path class="line {kind}" d="M{LEFT} {y:.1f}h22"/>')
+        parts.append(_text(LEFT + 30, y + 4, f"{run.name}: {run.note}", "start", "name"))
+    height = WIDE_HEIGHT + KEY_ROW * (len(runs) + 1)
+    return _drawing(height, label, parts, WIDE)
 
 
 def reliability_chart(points: Sequence[tuple[float, float, int]], *, label: str) -> str:
@@ -211,6 +257,6 @@ def _text(x: float, y: float, words: str, anchor: str, kind: str = "label") -> s
     return f'<text class="{kind}" {place}>{escape(words)}</text>'
 
 
-def _drawing(height: float, label: str, parts: Sequence[str]) -> str:
-    box = f'viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}"'
+def _drawing(height: float, label: str, parts: Sequence[str], width: int = WIDTH) -> str:
+    box = f'viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{escape(label)}"'
     return f'<svg xmlns="http://www.w3.org/2000/svg" {box}>{"".join(parts)}</svg>'

@@ -7,6 +7,7 @@ become spaces, and a segment without text is left out of all files but JSON.
 import json
 import math
 import re
+import tempfile
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -123,12 +124,19 @@ RENDERERS: dict[str, Callable[[Transcript, Layout], str]] = {
 }
 
 
-def check_outputs(audio: Iterable[str | Path], output_format: str = "all") -> None:
+def check_outputs(
+    audio: Iterable[str | Path],
+    output_format: str = "all",
+    output_dir: str | Path | None = None,
+) -> None:
     """Call before anything is decoded.
 
-    Raises IsthmusError for an unknown format, and where two outputs would be one file.
+    Raises IsthmusError for an unknown format, where two outputs would be one file, and for a folder
+    that cannot be written.
     """
     _formats(output_format)
+    if output_dir is not None:
+        check_folder(output_dir)
     by_stem: dict[str, str] = {}
     for one in map(str, audio):
         other = by_stem.setdefault(Path(one).stem, one)
@@ -137,6 +145,21 @@ def check_outputs(audio: Iterable[str | Path], output_format: str = "all") -> No
                 f"{other} and {one} would both be written to {Path(one).stem}.*. Transcribe them "
                 "into different output folders, or rename one."
             )
+
+
+def check_folder(folder: str | Path) -> None:
+    """Raise IsthmusError unless files can be written into `folder`, which may have to be made."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryFile(dir=place):  # nothing says it as surely as trying
+            pass
+    except OSError as error:
+        raise IsthmusError(
+            f"{folder} cannot be written: {place}: {error.strerror}. Name another folder with "
+            "--output-dir."
+        ) from error
 
 
 def write_transcript(

@@ -26,14 +26,26 @@ LN_10 = math.log(10.0)  # ARPA files have decimal logarithms
 PUNCTUATION = ".,;:!?¿¡\"“”„()[]…—–-'‘’«»"
 
 
-class TokenScorer(Scorer):
-    """A `Scorer` that says a token at a time what it adds, and in which state it is then."""
+class TokenTexts:
+    """Texts of an LLM's tokens, and tokens of texts."""
 
     def __init__(self, tokenizer: Any):
         self.tokenizer = tokenizer
         self.anchor = self.encode(ANCHOR)
         decode = tokenizer.decode
         self.decode = lru_cache(1 << 18)(lambda tokens: str(decode([*self.anchor, *tokens])))
+
+    def encode(self, text: str) -> list[int]:
+        encode = self.tokenizer.encode
+        return list(encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def text(self, *tokens: int) -> str:
+        """Of tokens behind other text, their leading space included."""
+        return self.decode(tokens)[len(self.decode(())) :]
+
+
+class TokenScorer(TokenTexts, Scorer):
+    """A `Scorer` that says a token at a time what it adds, and in which state it is then."""
 
     @abstractmethod
     def advance(self, state: Any, token: int) -> tuple[float, Any]: ...
@@ -50,14 +62,6 @@ class TokenScorer(Scorer):
 
     def finish(self, states: Sequence[Any]) -> Tensor:
         return torch.tensor([self.end(state) for state in states])
-
-    def encode(self, text: str) -> list[int]:
-        encode = self.tokenizer.encode
-        return list(encode(text, add_special_tokens=False, split_special_tokens=True))
-
-    def text(self, *tokens: int) -> str:
-        """Of tokens behind other text, their leading space included."""
-        return self.decode(tokens)[len(self.decode(())) :]
 
 
 @dataclass

@@ -27,21 +27,21 @@ import torch
 from lhotse.cut import Cut, MonoCut
 
 from isthmus.decoding.formats import transcript_dict
+from isthmus.decoding.inputs import is_corpus as is_corpus
 from isthmus.decoding.transcriber import DEFAULT, Result, load, run_folder
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, recover_folder, write_atomic
 from isthmus.model.parts import sha256, source
-from isthmus.recipe import DecodeSettings, change_settings, load_recipe
+from isthmus.recipe import DecodeSettings, change_settings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
-from isthmus.speech.formats import recognise
-from isthmus.speech.utterances import find_corpus, same_id
+from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
 from isthmus.training.loop import BEST, CHECKPOINTS
 from isthmus.training.runs import PARTS as FROZEN
-from isthmus.training.runs import RECIPE
+from isthmus.training.runs import RECIPE, stored_recipe
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
@@ -82,14 +82,6 @@ class Cluster:
     workers: int | None = None
 
 
-def is_corpus(name: str) -> bool:
-    """Whether this names a manifest or a folder to transcribe as a job, not a recording."""
-    try:
-        return bool(recognise(find_corpus(name)))
-    except IsthmusError:
-        return False
-
-
 def system(
     run: str | Path = DEFAULT,
     *,
@@ -102,7 +94,7 @@ def system(
     """
     folder = run_folder(run)
     given = {name: value for name, value in (settings or {}).items() if value is not None}
-    decode = change_settings(load_recipe(folder / RECIPE).decode, given)
+    decode = change_settings(stored_recipe(folder).decode, given)
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})

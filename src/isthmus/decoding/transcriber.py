@@ -3,7 +3,6 @@
 import itertools
 import logging
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +15,18 @@ import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
+from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
 from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search
 from isthmus.decoding.confidence import word_confidences
 from isthmus.decoding.draft import draft_search
 from isthmus.decoding.fusion import Hotwords, NGramFusion, read_arpa
+from isthmus.decoding.inputs import recording_seconds
+from isthmus.decoding.joint import CANDIDATES, CTCPrefixScorer, CTCSpelling
 from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, split
 from isthmus.decoding.timestamps import CTCModel, align_words, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import ASSETS, download
+from isthmus.model.parts import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import DecodeSettings, change_settings
@@ -32,7 +34,6 @@ from isthmus.speech.activity import Region, has_speech, speech_regions
 from isthmus.speech.audio import (
     SAMPLE_RATE,
     audio_blocks,
-    audio_info,
     check_samples,
     load_audio,
 )
@@ -40,9 +41,10 @@ from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import collate
 from isthmus.training.data import feature_cache
 from isthmus.training.features import FeatureCache
+from isthmus.training.folder import DEFAULT as DEFAULT
+from isthmus.training.folder import local_run
 from isthmus.training.runs import load_run
 
-DEFAULT = "default"
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
 Audio: TypeAlias = str | Path | bytes | np.ndarray | Cut
@@ -91,15 +93,19 @@ class Transcriber:
         # The head of an encoder that was trained on does not know what its frames became.
         self.ctc = model.encoder.ctc if model.tune["encoder"] == "frozen" else None
         self.aligner = aligner.to(self._device) if aligner is not None else self.ctc
+        self.prompts = prompts_to_ask(model, settings.instruction)
         self.ends = model.llm.end_tokens(model.end_token)
+        self.scorers = _scorers(settings, model.llm.tokenizer)
+        self.joint = self._joint()
+        alone = self.joint is not None and not self.scorers
         self.options = SearchOptions(
             early_stopping=settings.early_stopping,
             forbidden=tuple(sorted(special_tokens(model.llm.tokenizer) - set(self.ends))),
             deadline=settings.deadline,
             strict=settings.strict,
+            candidates=CANDIDATES if alone else SearchOptions.candidates,
         )
-        self.scorers = _scorers(settings, model.llm.tokenizer)
-        greedy = settings.beam_size == 1 and not self.scorers
+        greedy = settings.beam_size == 1 and not self.scorers and self.joint is None
         self.drafts = settings.drafts and greedy and self.ctc is not None
         if self.drafts:
             log.info("greedy search reads drafts of the encoder's CTC head")
@@ -151,7 +157,7 @@ class Transcriber:
         def hear(speech: list[Speech]) -> list[Transcript]:
             heard = iter(self._hear([one for one in speech if self.fits(one)], word_timestamps))
             found = [
-                (next(heard),)
+                (next(heard).timed_by_words(),)
                 if self.fits(one)  # else it is longer than was said of it
                 else tuple(self._segments(self.chunks(one.waveform), word_timestamps))
                 for one in speech
@@ -213,14 +219,24 @@ class Transcriber:
             return "this run's encoder has no CTC head"
         return "this run trained its encoder (encoder.tune), for which its CTC head is too old"
 
+    def _joint(self) -> CTCSpelling | None:
+        """What spells hypotheses for the encoder's CTC head, if that has a say in the search."""
+        weight = self.settings.ctc_weight
+        if weight and self.ctc is None:
+            raise IsthmusError(
+                f"decode.ctc_weight is {weight}, but {self.without_ctc}. Set it to 0."
+            )
+        return CTCSpelling(self.model.llm.tokenizer, self.ctc) if weight and self.ctc else None
+
     @cached_property
     def longest(self) -> float:
         """Seconds of audio that are decoded as one."""
         seconds = self.settings.chunk_seconds
-        while self.model.fault(seconds, self._budget(seconds)):
+        more = tokens_beyond(self.model, self.prompts)
+        while self.model.fault(seconds, self._budget(seconds) + more):
             seconds *= 0.95
             if seconds < CHUNK_SECONDS_AT_LEAST:
-                fault = self.model.fault(seconds, self._budget(seconds))
+                fault = self.model.fault(seconds, self._budget(seconds) + more)
                 raise IsthmusError(
                     f"The model cannot take {seconds:.1f} s of audio and the longest transcript "
                     f"of it: {fault}. Lower decode.tokens_per_second or decode.extra_tokens."
@@ -257,6 +273,8 @@ class Transcriber:
         gate = self.settings.gate
         if gate == "none":
             return [(0.0, len(waveform) / SAMPLE_RATE)]
+        if not waveform.any():  # hours of nothing are over at once
+            return []
         return speech_regions(waveform, gate)
 
     def _segments(self, chunks: Iterator[Chunk], words: bool) -> Iterator[Segment]:
@@ -267,7 +285,8 @@ class Transcriber:
                 for chunk, segment in zip(batch, heard, strict=True):
                     yield segment.shifted(chunk.start), chunk.overlap
 
-        yield from joined(decoded())
+        for segment in joined(decoded()):  # which goes by the times of the chunks
+            yield segment.timed_by_words()
 
     def _hear(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         """A segment for each; one without text, decoded by nobody, where nobody speaks."""
@@ -299,7 +318,10 @@ class Transcriber:
         model, settings = self.model, self.settings
         groups = [[one] for one in frames] if settings.strict else [list(frames)]
         audio = [embeddings for group in groups for embeddings in model.project(group)]
-        prompts = [model.sequence(embeddings)[0] for embeddings in audio]
+        prompts = [
+            model.sequence(embeddings, prompt=prompt_for(self.prompts, one.waveform))[0]
+            for one, embeddings in zip(speech, audio, strict=True)
+        ]
         limits = [self._budget(one.seconds) for one in speech]
         if self.drafts:
             return draft_search(
@@ -311,6 +333,10 @@ class Transcriber:
                 length_penalty=settings.length_penalty,
                 options=self.options,
             )
+        scorers = self.scorers
+        if self.joint is not None:
+            heard = [self._ctc_log_probs(own) for own in frames]
+            scorers = [*scorers, CTCPrefixScorer(self.joint, heard, settings.ctc_weight)]
         return beam_search(
             model.llm,
             prompts,
@@ -319,17 +345,22 @@ class Transcriber:
             beam_size=settings.beam_size,
             length_penalty=settings.length_penalty,
             options=self.options,
-            scorers=self.scorers,
+            scorers=scorers,
         )
 
     def _draft(self, frames: Tensor) -> list[int]:
         """What the encoder's CTC head reads in frames (T, D), in tokens of the LLM."""
-        ctc = self.ctc
-        assert ctc is not None
+        assert self.ctc is not None
         length = torch.tensor([len(frames)])
-        (text,) = ctc.greedy(ctc.log_probs(frames[None].to(ctc.network.dtype)), length)
+        (text,) = self.ctc.greedy(self._ctc_log_probs(frames)[None], length)
         tokenizer = self.model.llm.tokenizer
         return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+
+    def _ctc_log_probs(self, frames: Tensor) -> Tensor:
+        """Log-probabilities (T, V) of the units of the encoder's CTC head in frames (T, D)."""
+        ctc = self.ctc
+        assert ctc is not None
+        return ctc.log_probs(frames[None].to(ctc.network.dtype))[0].cpu()
 
     def _words(self, speech: Speech, frames: Tensor, segment: Segment) -> tuple[Word, ...]:
         ctc = self.aligner
@@ -411,8 +442,10 @@ class DecodeChanges(TypedDict, total=False):
     hotword_bonus: float | None
     ngram: str | None
     ngram_weight: float | None
+    ctc_weight: float | None
     deadline: float | None
     nbest: int | None
+    instruction: str | None
 
 
 def load(
@@ -450,16 +483,7 @@ def _scorers(settings: DecodeSettings, tokenizer: Any) -> list[Scorer]:
 
 def run_folder(run: str | Path) -> Path:
     """The folder of a run; `default` is the shipped one, `owner/name` one of the hub."""
-    if str(run) == DEFAULT:
-        return ASSETS / DEFAULT
-    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not Path(run).parent.is_dir()
-    if not Path(run).is_dir() and of_hub and not str(run).startswith("runs/"):
-        return download(str(run), None, RUN_FILES)
-    if not Path(run).is_dir():
-        raise IsthmusError(
-            f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`."
-        )
-    return Path(run)
+    return local_run(run) or download(str(run), None, RUN_FILES)
 
 
 def _waveform(audio: Audio) -> np.ndarray:
@@ -487,7 +511,7 @@ def _seconds(audio: Audio) -> float:
     if isinstance(audio, np.ndarray):
         return audio.size / SAMPLE_RATE
     if isinstance(audio, str | Path | bytes):
-        return audio_info(audio).duration
+        return recording_seconds(audio)
     raise _no_audio(audio)
 
 

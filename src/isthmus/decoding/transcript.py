@@ -80,6 +80,12 @@ class Segment:
         ]
         return replace(self, start=self.start + seconds, end=self.end + seconds, words=tuple(words))
 
+    def timed_by_words(self) -> "Segment":
+        """The same, from its first word's start to its last one's end where words are timed."""
+        if not self.words:
+            return self
+        return replace(self, start=self.words[0].start, end=self.words[-1].end)
+
 
 @dataclass(frozen=True)
 class Transcript:

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCTC, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings
 from isthmus.model.parts import PartSettings, load_network, loading, save_half
+from isthmus.model.spelling import letter_tokenizer as letter_tokenizer
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRONT_END_FILE = "front_end.json"
@@ -162,14 +162,3 @@ def subsampled_length(encoder_config: Any, num_features: int) -> int:
     for _ in range(int(math.log2(encoder_config.subsampling_factor))):
         num_features = (num_features + padding - kernel) // stride + 1
     return num_features
-
-
-def letter_tokenizer(letters: str = "abcdefghijklmnopqrstuvwxyz' ") -> PreTrainedTokenizerFast:
-    """Spelling units for CTC: single letters, and the blank as the padding token."""
-    vocabulary = {"<blank>": 0, "<unk>": 1} | {letter: 2 + i for i, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<blank>", unk_token="<unk>"
-    )

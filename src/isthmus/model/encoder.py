@@ -12,8 +12,9 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 
@@ -29,6 +30,7 @@ from isthmus.model.parts import (
     resolve,
 )
 from isthmus.speech.audio import SAMPLE_RATE
+from isthmus.speech.augment import SpecAugment
 
 EncoderTune = Literal["frozen", "full"]
 
@@ -48,6 +50,12 @@ class Encoder(nn.Module):
         self.network: Any = network  # of transformers, behind the front end
         self.max_seconds: float | None = None  # longest utterance, None if there is no limit
         self.ctc: ConformerCTC | None = None  # set where the encoder can spell by itself
+        self.spec_augment: SpecAugment | None = None  # in training, where features are its input
+
+    @property
+    def ctc_head(self) -> "CTCHead | None":
+        """What labels frames, where the encoder was trained with CTC."""
+        return self.ctc
 
     @abstractmethod
     def output_length(self, num_samples: int) -> int:
@@ -55,6 +63,16 @@ class Encoder(nn.Module):
 
     @abstractmethod
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def masked(self, features: Tensor, num_features: Tensor) -> Tensor:
+        """Features (B, T, F) of given lengths (B,) with random masks, if they are to have some.
+
+        The masks come from torch's generator on the CPU.
+        """
+        if self.spec_augment is None or not self.training:
+            return features
+        rng = np.random.default_rng(int(torch.randint(2**62, ())))
+        return self.spec_augment(features, num_features, rng)
 
     def store(self, dtype: torch.dtype) -> None:
         """Hold the weights in another precision; the front end stays in float32."""
@@ -195,21 +213,49 @@ class ConformerEncoder(Encoder):
         return self.ctc.output_length(num_samples)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        return self.ctc.encode(*self.ctc.features(waveforms, num_samples))
+        features, num_features = self.ctc.features(waveforms, num_samples)
+        return self.ctc.encode(self.masked(features, num_features), num_features)
 
     def store(self, dtype: torch.dtype) -> None:
         self.ctc.network.to(dtype)
 
 
+class ParakeetHead(nn.Module):
+    """The CTC head of a Parakeet."""
+
+    def __init__(self, convolution: nn.Module, blank: int):
+        super().__init__()
+        self.convolution = convolution
+        self.blank = blank
+
+    def log_probs(self, frames: Tensor) -> Tensor:
+        """Log-probabilities (B, T, V) of the labels of frames (B, T, D), the blank among them."""
+        logits: Tensor = self.convolution(frames)
+        return logits.float().log_softmax(dim=-1)
+
+
+CTCHead = ConformerCTC | ParakeetHead
+
+
 class ParakeetEncoder(Encoder):
     """NVIDIA's Parakeet (FastConformer) with the front end of its feature extractor."""
 
-    def __init__(self, network: Any, extractor: Any):
+    def __init__(self, network: Any, extractor: Any, head: ParakeetHead | None = None):
         super().__init__(network)
         self.extractor = extractor
+        self.head = head
         self.dim = int(network.config.hidden_size)
         self.frame_rate = SAMPLE_RATE / extractor.hop_length / network.config.subsampling_factor
         self.shortest = 2 * extractor.hop_length  # its statistics need two feature frames
+
+    @property
+    def ctc_head(self) -> CTCHead | None:
+        return self.head
+
+    def store(self, dtype: torch.dtype) -> None:
+        super().store(dtype)
+        if self.head is not None:
+            self.head.to(dtype)
 
     def output_length(self, num_samples: int) -> int:
         num_features = max(num_samples, self.shortest) // self.extractor.hop_length
@@ -224,6 +270,7 @@ class ParakeetEncoder(Encoder):
             inputs = self.extractor(rows, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         features = inputs["input_features"].to(waveforms.device, self.network.dtype)
         mask = inputs["attention_mask"].to(waveforms.device)
+        features = self.masked(features, mask.sum(dim=1))
         output = self.network(features, attention_mask=mask)
         return output.last_hidden_state, output.attention_mask.sum(dim=1)
 
@@ -243,6 +290,37 @@ class FBankEncoder(Encoder):
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         features: tuple[Tensor, Tensor] = self.log_mel(waveforms, num_samples)
         return features
+
+
+class PairEncoder(Encoder):
+    """Two encoders side by side, as in SALMONN (arXiv 2310.13289): (B, T, D + D').
+
+    Frames are the first's; each has the second's frame that is nearest to it in time behind it.
+    """
+
+    def __init__(self, first: Encoder, second: Encoder):
+        super().__init__()
+        self.first, self.second = first, second
+        self.dim = first.dim + second.dim
+        self.frame_rate = first.frame_rate
+        limits = [one.max_seconds for one in (first, second) if one.max_seconds is not None]
+        self.max_seconds = min(limits, default=None)
+
+    def output_length(self, num_samples: int) -> int:
+        return self.first.output_length(num_samples)
+
+    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
+        frames, num_frames = self.first(waveforms, num_samples)
+        others, num_others = self.second(waveforms, num_samples)
+        centres = torch.arange(frames.shape[1], device=frames.device) + 0.5  # in frames
+        places = (centres * (self.second.frame_rate / self.frame_rate)).long()  # (T,)
+        places = torch.minimum(places, num_others[:, None] - 1)  # (B, T)
+        nearest = others.gather(1, places[..., None].expand(-1, -1, others.shape[2]))
+        return torch.cat([frames, nearest], dim=2), num_frames
+
+    def store(self, dtype: torch.dtype) -> None:
+        self.first.store(dtype)
+        self.second.store(dtype)
 
 
 class WhisperSettings(PretrainedSettings):
@@ -288,9 +366,10 @@ class ConformerSettings(PretrainedSettings):
         if (folder / FRONT_END_FILE).is_file():
             return ConformerEncoder(ConformerCTC.load(folder))
         if model_type(folder) == "parakeet_ctc":
-            network = load_network(AutoModelForCTC, folder, self.path).encoder
-        else:
-            network = load_network(AutoModel, folder, self.path)
+            whole = load_network(AutoModelForCTC, folder, self.path)
+            head = ParakeetHead(whole.ctc_head, int(whole.config.pad_token_id))
+            return ParakeetEncoder(whole.encoder, _extractor(self, folder), head)
+        network = load_network(AutoModel, folder, self.path)
         return ParakeetEncoder(network, _extractor(self, folder))
 
 
@@ -305,7 +384,34 @@ class FBankSettings(PartSettings):
         return FBankEncoder(self.num_mels)
 
 
-EncoderSettings = WhisperSettings | SelfSupervisedSettings | ConformerSettings | FBankSettings
+SingleEncoderSettings = WhisperSettings | SelfSupervisedSettings | ConformerSettings | FBankSettings
+
+
+class PairSettings(PartSettings):
+    """Two encoders side by side."""
+
+    type: Literal["pair"] = "pair"
+    first: SingleEncoderSettings = Field(discriminator="type")
+    """It gives the frame rate."""
+    second: SingleEncoderSettings = Field(discriminator="type")
+
+    @model_validator(mode="after")
+    def _tuned_alike(self) -> "PairSettings":
+        if self.first.tune != self.second.tune:
+            raise ValueError(
+                f"first.tune is {self.first.tune}, second.tune {self.second.tune}: tune both alike"
+            )
+        return self
+
+    @property
+    def tune(self) -> EncoderTune:
+        return self.first.tune
+
+    def build(self) -> PairEncoder:
+        return PairEncoder(self.first.build(), self.second.build())
+
+
+EncoderSettings = SingleEncoderSettings | PairSettings
 
 
 def _checked_folder(settings: PretrainedSettings, types: set[str]) -> Path:

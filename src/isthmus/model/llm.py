@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -26,7 +25,7 @@ from isthmus.model.parts import (
     Tune,
     choose_device,
     load_network,
-    loading,
+    load_tokenizer,
     resolve,
     save_half,
 )
@@ -61,8 +60,7 @@ class LLMSettings(PretrainedSettings):
         network = load_network(AutoModelForCausalLM, folder, self.path, self.dtype)
         if self.dtype == "auto" and self.tune != "full" and network.dtype == torch.float16:
             _leave_float16(network, self.path)
-        with loading(self.path):
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder, self.path)
         if self.tune == "lora":
             _add_lora(network, self.lora)
         return LLM(network, tokenizer)
@@ -99,6 +97,15 @@ class LLM(nn.Module):
         """Token ids (...) to embeddings (..., E)."""
         embedded: Tensor = self._embedding(tokens)
         return embedded
+
+    @torch.no_grad()
+    def mean_embedding(self) -> Tensor:
+        """Mean (E,) of the embeddings of all tokens, in float32."""
+        table = self._embedding
+        rows = torch.arange(table.num_embeddings, device=table.weight.device)
+        # a part at a time: the table of a large vocabulary takes gigabytes in float32
+        parts = [self.embed(some).float().sum(dim=0) for some in rows.split(8192)]
+        return torch.stack(parts).sum(dim=0) / len(rows)
 
     def store(self, dtype: torch.dtype) -> None:
         """Hold the weights in another precision."""
@@ -158,8 +165,10 @@ def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:
 
 
 class LLMArchitecture(PartSettings):
-    """Sizes of a small Llama to be trained from nothing."""
+    """Sizes of a small language model to be trained from nothing."""
 
+    family: Literal["llama", "bloom"] = "llama"
+    """bloom's feed-forward is always 4 times its width, and it takes any length."""
     hidden_size: int = 192
     num_hidden_layers: int = 4
     num_attention_heads: int = 4
@@ -168,13 +177,13 @@ class LLMArchitecture(PartSettings):
 
     def build(self, tokenizer: PreTrainedTokenizerFast) -> LLM:
         config = AutoConfig.for_model(
-            "llama",
+            self.family,
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
             tie_word_embeddings=True,
-            **self.model_dump(),
+            **self.model_dump(exclude={"family"}),
         )
         return LLM(AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer)
 

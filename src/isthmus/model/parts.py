@@ -7,8 +7,10 @@ import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, suggest
@@ -34,10 +37,27 @@ PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SPARE_WEIGHTS = {"masked_spec_embed"}  # of wav2vec 2.0 and its kin, for their own pretraining only
 
 
+_planned: ContextVar[Path | None] = ContextVar("_planned", default=None)
+"""Where models without weights lie while parts are planned with, not loaded."""
+
+
 class PartSettings(BaseModel):
     """What every part of the model shares: strict, immutable settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def sources(self) -> dict[str, "Source"]:
+        """Where what is pretrained comes from, with checksums, by the dotted name of the part.
+
+        What these settings themselves name has an empty name.
+        """
+        parts = {name: getattr(self, name) for name in type(self).model_fields}
+        return {
+            f"{name}.{below}".rstrip("."): found
+            for name, part in parts.items()
+            if isinstance(part, PartSettings)
+            for below, found in part.sources().items()
+        }
 
 
 class PretrainedSettings(PartSettings):
@@ -51,6 +71,9 @@ class PretrainedSettings(PartSettings):
     def at(self, commit: str | None) -> Self:
         """These settings with the commit that a run recorded, if it did."""
         return self.model_copy(update={"revision": commit}) if commit else self
+
+    def sources(self) -> dict[str, "Source"]:
+        return {"": source(self.path, self.revision)}
 
 
 @dataclass(frozen=True)
@@ -72,10 +95,13 @@ def resolve(path: str, revision: str | None = None) -> Path:
 
     Raises IsthmusError when the folder holds no configuration or no safetensors weights.
     """
+    planned = _planned.get()
     if path in SHIPPED:
         folder = SHIPPED[path]
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
+    elif planned:
+        return _planned_folder(planned, path)
     else:
         folder = download(path, revision, READ_FILES)
     if not (folder / "config.json").is_file():
@@ -83,14 +109,15 @@ def resolve(path: str, revision: str | None = None) -> Path:
             f"{path}: the model folder {folder} has no config.json. Give a folder written by "
             "save_pretrained(), or a Hugging Face name."
         )
-    if not any(folder.glob("*.safetensors")):
+    if not planned and not any(folder.glob("*.safetensors")):
         pickled = sorted(file.name for kind in PICKLED for file in folder.glob(kind))
         found = (
             f" It has {pickled[0]}, but pickles can run code and are not read." if pickled else ""
         )
         raise IsthmusError(
             f"{path}: the model folder {folder} has no safetensors weights.{found} Load it with "
-            "transformers and write it again with save_pretrained(), which makes safetensors."
+            "transformers and write it again with save_pretrained(), which makes safetensors; or "
+            "set a revision that has them: on the hub, converters leave them in refs/pr/1 and on."
         )
     return folder
 
@@ -108,11 +135,29 @@ def download(path: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated kinds
         at = f" at revision {revision!r}" if revision else ""
-        reason = str(error).partition("\n")[0]
+        reason = str(error).partition("\n")[0].rstrip(".")
         raise IsthmusError(
             f"{path}{at}: neither a local folder nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). Correct the name, or download it to a folder."
+            f"({type(error).__name__}: {reason}). {_remedy(error, path)}"
         ) from error
+
+
+def _remedy(error: Exception, path: str) -> str:
+    """What to do when the hub does not give model `path`."""
+    from huggingface_hub import constants, errors
+
+    log_in = "log in with `hf auth login`, or set HF_TOKEN"
+    match error:
+        case errors.GatedRepoError():
+            page = f"{constants.ENDPOINT}/{path}"
+            return f"It is gated: accept its terms at {page}, then {log_in}."
+        case errors.RepositoryNotFoundError():
+            return f"Correct the name; if the repository is private, {log_in}."
+        case errors.RevisionNotFoundError():
+            return "There is no such revision: correct it, or leave it out."
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE is set, and the cache lacks files of it: unset it, or give a folder."
+    return "Check the name and the connection and try again, or download it to a folder."
 
 
 def source(path: str, revision: str | None = None) -> Source:
@@ -132,8 +177,33 @@ def sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Parts that are built within have their sizes and no weights: their networks are on torch's
+    meta device. A Hugging Face name is looked up in isthmus.model.presets; nothing is downloaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+        token = _planned.set(Path(folder))
+        try:
+            yield
+        finally:
+            _planned.reset(token)
+
+
+def _planned_folder(planned: Path, path: str) -> Path:
+    """The folder of a model known by name, with all but its weights."""
+    from isthmus.model.presets import write_preset  # which knows the kinds of parts, as we do not
+
+    folder = planned / path.replace("/", "--")
+    if not folder.is_dir():
+        write_preset(path, folder)
+    return folder
+
+
 def choose_device() -> torch.device:
-    """The CUDA device this process should use if there is one, else the CPU."""
+    """The CUDA device this process should use if there is one, else the CPU; meta in a plan."""
+    if _planned.get():
+        return torch.device("meta")
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -149,6 +219,8 @@ def load_network(auto: Any, folder: Path, path: str, dtype: str = "auto") -> Any
     Raises IsthmusError, also for weights that the folder lacks: transformers would go on with
     random numbers in their place.
     """
+    if _planned.get():
+        return _sized_network(auto, folder, path, dtype)
     with loading(path):
         network, info = auto.from_pretrained(
             folder,
@@ -164,6 +236,25 @@ def load_network(auto: Any, folder: Path, path: str, dtype: str = "auto") -> Any
             f"{min(missing)}. Download or write it again."
         )
     return network
+
+
+def _sized_network(auto: Any, folder: Path, path: str, dtype: str) -> Any:
+    """What load_network gives, on the meta device: no weight is read or made up."""
+    with loading(path), torch.device("meta"):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        number = config.dtype if dtype == "auto" else getattr(torch, dtype)
+        return auto.from_config(config, dtype=number, trust_remote_code=False)
+
+
+def load_tokenizer(folder: Path, path: str) -> Any:
+    """The tokenizer of a language model, or what stands in for it in a plan.
+
+    Raises IsthmusError.
+    """
+    stands_in = _planned.get() == folder.parent
+    auto: Any = PreTrainedTokenizerFast if stands_in else AutoTokenizer
+    with loading(path):
+        return auto.from_pretrained(folder, trust_remote_code=False)
 
 
 def save_half(network: Any, folder: Path) -> None:

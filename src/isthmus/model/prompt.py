@@ -13,9 +13,10 @@ from abc import abstractmethod
 from dataclasses import dataclass
 from datetime import date
 from enum import Enum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from jinja2 import TemplateError
+from pydantic import Field
 
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import PartSettings
@@ -23,6 +24,8 @@ from isthmus.model.parts import PartSettings
 INSTRUCTION = "Transcribe speech to text."  # SLAM-ASR, section 3.2
 SYSTEM_MARK, AUDIO_MARK = "<<system>>", "<<audio>>"  # stand in for what a chat template is given
 INSTRUCTION_MARK, REPLY_MARK = "<<instruction>>", "<<reply>>"
+# One text, or several of which each utterance is given one (SLAM-ASR, table 10).
+Instruction = str | Annotated[tuple[str, ...], Field(min_length=1)]
 DATE = date(2024, 7, 26)  # of every prompt: Llama 3's own where it is given none
 # Put before a chat template, this hides transformers' clock: a model must be asked in decoding, on
 # any day, what it was asked in training. The newline is the one that jinja drops behind a block.
@@ -68,6 +71,10 @@ class Prompt(PartSettings):
     def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
         """The sequence up to where the transcript begins, and the transcript if there is one."""
 
+    def variants(self) -> tuple[Self, ...]:
+        """The prompts with one instruction each that this one stands for."""
+        return (self,)
+
     def end_token(self, tokenizer: Any) -> int:
         """The token that ends a transcript: supervised in training, awaited in decoding."""
         if tokenizer.eos_token_id is None:
@@ -75,30 +82,47 @@ class Prompt(PartSettings):
         return int(tokenizer.eos_token_id)
 
 
-class PaperPrompt(Prompt):
+class InstructedPrompt(Prompt):
+    """A template with the user's words."""
+
+    instruction: Instruction = INSTRUCTION
+    """A list is a choice: each utterance is given one of them."""
+
+    def variants(self) -> tuple[Self, ...]:
+        if isinstance(self.instruction, str):
+            return (self,)
+        return tuple(self.model_copy(update={"instruction": one}) for one in self.instruction)
+
+    @property
+    def words(self) -> str:
+        """The instruction of a prompt that has one."""
+        assert isinstance(self.instruction, str), "one of its variants() is what an utterance gets"
+        return self.instruction
+
+
+class PaperPrompt(InstructedPrompt):
     """`USER: <S> <P> ASSISTANT: <T>` (SLAM-ASR, section 3.2)."""
 
     template: Literal["paper"] = "paper"
-    instruction: str = INSTRUCTION
 
     def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
-        instruction = [Segment(Kind.TEXT, f" {self.instruction}")] if self.instruction else []
+        instruction = [Segment(Kind.TEXT, f" {self.words}")] if self.words else []
         before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, " ASSISTANT: ")
         return [BEGIN, before, AUDIO, *instruction, after, *reply(transcript)]
 
 
-class SlamPrompt(Prompt):
+class SlamPrompt(InstructedPrompt):
     """Audio first, then BOS and `USER: <P>\\n ASSISTANT:`: the authors' released SLAM-LLM code."""
 
     template: Literal["slam-llm"] = "slam-llm"
-    instruction: str = (
+    instruction: Instruction = (
         "Transcribe speech to text. Output the transcription directly without redundant content. "
         "Ensure that the output is not duplicated. "
     )
 
     def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
         before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, "\n ASSISTANT:")
-        instruction = Segment(Kind.TEXT, self.instruction)
+        instruction = Segment(Kind.TEXT, self.words)
         return [AUDIO, BEGIN, before, instruction, after, *reply(transcript)]
 
 
@@ -111,7 +135,7 @@ class BarePrompt(Prompt):
         return [AUDIO, BEGIN, *reply(transcript)]
 
 
-class ChatPrompt(Prompt):
+class ChatPrompt(InstructedPrompt):
     """The tokenizer's own chat template: audio and instruction in the user's turn.
 
     The template is rendered with marks in the place of what it is given and split at them, so that
@@ -119,11 +143,10 @@ class ChatPrompt(Prompt):
     """
 
     template: Literal["chat"] = "chat"
-    instruction: str = INSTRUCTION
     system: str = ""
 
     def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
-        given = {AUDIO_MARK: AUDIO, INSTRUCTION_MARK: Segment(Kind.TEXT, self.instruction)}
+        given = {AUDIO_MARK: AUDIO, INSTRUCTION_MARK: Segment(Kind.TEXT, self.words)}
         if self.system:
             given[SYSTEM_MARK] = Segment(Kind.TEXT, self.system)
         text = self._render(tokenizer, with_reply=False)
@@ -206,6 +229,11 @@ def tokenise(prompt: Prompt, tokenizer: Any, transcript: str | None = None) -> l
                 tokens = plain_tokens(tokenizer, segment.text)
         pieces.append(Piece(tokens, segment.loss))
     return pieces
+
+
+def prompt_tokens(prompt: Prompt, tokenizer: Any) -> int:
+    """How many tokens a prompt has, the audio apart."""
+    return sum(len(piece.tokens or ()) for piece in tokenise(prompt, tokenizer))
 
 
 def template_tokens(tokenizer: Any, text: str) -> list[int]:

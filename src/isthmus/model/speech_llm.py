@@ -25,7 +25,7 @@ from isthmus.model.packing import (
 )
 from isthmus.model.parts import Tune, freeze
 from isthmus.model.projector import Projector
-from isthmus.model.prompt import Prompt, tokenise
+from isthmus.model.prompt import Prompt, prompt_tokens, tokenise
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss
@@ -68,6 +68,7 @@ class SpeechLLM(nn.Module):
         self.projector = projector
         self.llm = llm
         self.prompt = prompt
+        self.prompts: tuple[Prompt, ...] = prompt.variants()  # of which an utterance has one
         self.tune: dict[str, Tune] = {"encoder": "frozen", "llm": "frozen", **(tune or {})}
         for part in self.frozen_parts():
             freeze(part)
@@ -79,6 +80,7 @@ class SpeechLLM(nn.Module):
         self.end_token = prompt.end_token(llm.tokenizer)
         self.attention: Choice | None = None  # None: utterances padded to the longest
         self.prefix: Prefix | None = None  # what all prompts begin with, where it is shared
+        self._mean_embedding: Tensor | None = None  # of the LLM's tokens
 
     def frozen_parts(self) -> list[nn.Module]:
         parts = {"encoder": self.encoder, "llm": self.llm}
@@ -116,18 +118,18 @@ class SpeechLLM(nn.Module):
         return [*lines, f"device: {device} ({reason})"]
 
     def audio_tokens(self, seconds: float) -> int:
-        """Audio embeddings of an utterance that long."""
+        """Audio embeddings of an utterance that long; at most, if the projector is not exact."""
         frames = self.encoder.output_length(int(seconds * SAMPLE_RATE))
         return self.projector.output_length(frames)
 
     def positions(self, seconds: float, text_tokens: int) -> int:
         """Positions in the language model of an utterance, its prompt among them."""
-        return self._prompt_tokens + self.audio_tokens(seconds) + text_tokens
+        return self.prompt_tokens + self.audio_tokens(seconds) + text_tokens
 
     @cached_property
-    def _prompt_tokens(self) -> int:
-        prompt = tokenise(self.prompt, self.llm.tokenizer)
-        return sum(len(piece.tokens) for piece in prompt if piece.tokens)
+    def prompt_tokens(self) -> int:
+        """Tokens of the longest of its prompts."""
+        return max(prompt_tokens(prompt, self.llm.tokenizer) for prompt in self.prompts)
 
     def fault(self, seconds: float, text_tokens: int = 0) -> str | None:
         """Why an utterance that long, with a transcript of so many tokens, is too much; else None.
@@ -140,7 +142,8 @@ class SpeechLLM(nn.Module):
         room = self.llm.max_tokens
         positions = self.positions(seconds, text_tokens)
         if room is not None and positions > room:
-            return f"it takes {positions} positions, the language model has {room}"
+            takes = "takes" if self.projector.exact else "may take"
+            return f"it {takes} {positions} positions, the language model has {room}"
         return None
 
     def pack(self) -> str:
@@ -181,25 +184,42 @@ class SpeechLLM(nn.Module):
         """Waveforms (B, S) to B tensors of audio embeddings (A, E), each at its own length."""
         return self.project(self.encode(waveforms, num_samples))
 
-    def sequence(self, audio: Tensor, transcript: str | None = None) -> tuple[Tensor, Tensor]:
+    def sequence(
+        self, audio: Tensor, transcript: str | None = None, prompt: Prompt | None = None
+    ) -> tuple[Tensor, Tensor]:
         """One utterance's embeddings (L, E) and labels (L,) from its audio embeddings (A, E).
 
         Without a transcript it is the decoding prompt.
         """
-        row = self.row([audio], [transcript])
+        row = self.row([audio], [transcript], prompts=[prompt or self.prompts[0]])
         return row.embeddings, row.labels
 
-    def row(self, audio: Sequence[Tensor], transcripts: Sequence[str | None], skip: int = 0) -> Row:
+    def row(
+        self,
+        audio: Sequence[Tensor],
+        transcripts: Sequence[str | None],
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        masking: Sequence[float] | None = None,
+        skip: int = 0,
+    ) -> Row:
         """The sequences of a batch, each without its first `skip` tokens.
 
-        Raises IsthmusError for a sequence longer than the language model takes.
+        `prompts` are those of the utterances, the first of the model's unless given; of each
+        transcript a share of `masking` is hidden from the language model (torch's generator on the
+        CPU). Raises IsthmusError for a sequence longer than the language model takes.
         """
         tokens: list[int] = []
         labels: list[int] = []
+        hidden: list[bool] = []
         lengths = []
         limit = self.llm.max_tokens
-        for embeddings, transcript in zip(audio, transcripts, strict=True):
-            own_tokens, own_labels = self._layout(len(embeddings), transcript)
+        prompts = prompts or [self.prompts[0]] * len(audio)
+        fractions = masking or [0.0] * len(audio)
+        for embeddings, transcript, prompt, fraction in zip(
+            audio, transcripts, prompts, fractions, strict=True
+        ):
+            own_tokens, own_labels = self._layout(len(embeddings), transcript, prompt)
             if transcript is not None and limit is not None and len(own_tokens) > limit:
                 raise IsthmusError(
                     f"A training sequence has {len(own_tokens)} positions, the language model "
@@ -208,20 +228,31 @@ class SpeechLLM(nn.Module):
                 )
             tokens += own_tokens[skip:]
             labels += own_labels[skip:]
+            if masking:
+                hidden += _hidden(own_labels, fraction)[skip:]
             lengths.append(len(own_tokens) - skip)
         placed = torch.tensor(tokens)
         heard = torch.cat(list(audio)).to(self.llm.dtype)
         where = (placed == AUDIO).nonzero()[:, 0].to(heard.device)
         text = self.llm.embed(placed.clamp(min=0).to(heard.device)).to(self.llm.dtype)
+        if masking:
+            mask = torch.tensor(hidden).to(heard.device)
+            text = torch.where(mask[:, None], self._mask_embedding().to(text), text)
         return Row(text.index_copy(0, where, heard), torch.tensor(labels).to(heard.device), lengths)
 
     def transcript_loss(
-        self, audio: Sequence[Tensor], transcripts: Sequence[str]
+        self,
+        audio: Sequence[Tensor],
+        transcripts: Sequence[str],
+        *,
+        prompts: Sequence[Prompt] | None = None,
+        masking: Sequence[float] | None = None,
     ) -> TranscriptLoss:
-        """The loss of transcripts after their audio embeddings (A, E)."""
-        if self.attention is None:
-            return self._padded_loss(self.row(audio, transcripts))
-        return self._packed_loss(self.attention, audio, transcripts)
+        """The loss of transcripts after their audio embeddings (A, E); options as of `row`."""
+        packed = self.attention is not None
+        skip = self.prefix.length if packed and self.prefix else 0
+        row = self.row(audio, transcripts, prompts=prompts, masking=masking, skip=skip)
+        return self._padded_loss(row) if self.attention is None else self._packed_loss(row)
 
     def loss(
         self, waveforms: Tensor, num_samples: Tensor, transcripts: Sequence[str]
@@ -255,26 +286,37 @@ class SpeechLLM(nn.Module):
         return sum(value.numel() for value in blocks), head, trained
 
     def _prefix_tokens(self) -> list[int]:
-        """The prompt up to the audio."""
-        pieces = tokenise(self.prompt, self.llm.tokenizer)
-        before = itertools.takewhile(lambda piece: piece.tokens is not None, pieces)
-        return [token for piece in before for token in piece.tokens or ()]
+        """What all prompts begin with, up to the audio."""
+        beginnings = []
+        for prompt in self.prompts:
+            pieces = tokenise(prompt, self.llm.tokenizer)
+            before = itertools.takewhile(lambda piece: piece.tokens is not None, pieces)
+            beginnings.append([token for piece in before for token in piece.tokens or ()])
+        alike = zip(*beginnings, strict=False)
+        return [one for one, *others in itertools.takewhile(lambda t: len({*t}) == 1, alike)]
 
-    def _layout(self, num_audio: int, transcript: str | None) -> tuple[list[int], list[int]]:
+    def _mask_embedding(self) -> Tensor:
+        """What stands in the place of a masked token (E,): the mean of all tokens' embeddings."""
+        if self._mean_embedding is None or self.tune["llm"] == "full":
+            self._mean_embedding = self.llm.mean_embedding()
+        return self._mean_embedding
+
+    def _layout(
+        self, num_audio: int, transcript: str | None, prompt: Prompt
+    ) -> tuple[list[int], list[int]]:
         """Tokens of one sequence, AUDIO in the places of its audio, and its labels."""
         tokens, labels = [], []
-        for piece in tokenise(self.prompt, self.llm.tokenizer, transcript):
+        for piece in tokenise(prompt, self.llm.tokenizer, transcript):
             ids = [AUDIO] * num_audio if piece.tokens is None else piece.tokens
             tokens += ids
             labels += ids if piece.loss else [IGNORE] * len(ids)
         return tokens, labels
 
-    def _packed_loss(
-        self, attention: Choice, audio: Sequence[Tensor], transcripts: Sequence[str]
-    ) -> TranscriptLoss:
+    def _packed_loss(self, row: Row) -> TranscriptLoss:
+        attention = self.attention
+        assert attention is not None
         assert attention.backend is not None
         assert attention.head is not None
-        row = self.row(audio, transcripts, skip=self.prefix.length if self.prefix else 0)
         hidden = packed_hidden(
             self.llm.network, row.embeddings, row.lengths, self.prefix, attention.backend
         )
@@ -304,3 +346,13 @@ class SpeechLLM(nn.Module):
         correct = ((logits.argmax(dim=-1) == targets) & supervised).sum()
         padding = labels.numel() - len(row.labels)
         return TranscriptLoss(total, int(supervised.sum()), correct, labels.numel(), padding)
+
+
+def _hidden(labels: Sequence[int], fraction: float) -> list[bool]:
+    """Which inputs of a sequence are masked: its transcript's tokens, each with that probability.
+
+    What stands before the transcript stays, and so does the end token, which predicts nothing.
+    """
+    tokens = max(0, sum(label != IGNORE for label in labels) - 1)
+    drawn: list[bool] = (torch.rand(tokens) < fraction).tolist()
+    return [False] * (len(labels) - tokens - 1) + drawn + [False]

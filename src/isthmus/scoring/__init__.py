@@ -12,12 +12,14 @@ from isthmus.scoring.error_rate import (
     score,
     score_sets,
 )
+from isthmus.scoring.languages import LanguageScores, score_languages
 from isthmus.scoring.normalise import NORMALISERS, normaliser
 from isthmus.scoring.significance import PairedResult, paired_bootstrap
 
 __all__ = [
     "NORMALISERS",
     "ErrorCounts",
+    "LanguageScores",
     "PairedResult",
     "Score",
     "SetScores",
@@ -26,5 +28,6 @@ __all__ = [
     "paired_bootstrap",
     "read_texts",
     "score",
+    "score_languages",
     "score_sets",
 ]

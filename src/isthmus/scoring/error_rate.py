@@ -9,7 +9,7 @@ became a space, costs nothing in CER.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
@@ -316,8 +316,21 @@ def score_sets(
     return SetScores(scores, _corpus(utterances, normaliser, absent, seed, resamples))
 
 
+def score_part(
+    whole: Score, ids: Collection[str], *, seed: int = 0, resamples: int = 1000
+) -> Score:
+    """The score of some of the utterances of a score, by their ids; options as of `score`."""
+    utterances = [one for one in whole.utterances if one.id in ids]
+    absent = [id for id in whole.missing if id in ids]
+    return _corpus(utterances, whole.normaliser, absent, seed, resamples)
+
+
 def resampled_rates(
-    errors: NDArray[np.int64], totals: NDArray[np.int64], *, seed: int, resamples: int
+    errors: NDArray[np.int64] | NDArray[np.float64],
+    totals: NDArray[np.int64] | NDArray[np.float64],
+    *,
+    seed: int,
+    resamples: int,
 ) -> NDArray[np.float64]:
     """Corpus rates of resampled corpora, drawn by utterance with replacement.
 
@@ -377,7 +390,8 @@ def _corpus(
     seed: int,
     resamples: int,
 ) -> Score:
-    counts = [utterance.counts for utterance in utterances]
+    # In the order of ids: what is drawn is not to depend on the order in which a file lists them.
+    counts = [one.counts for one in sorted(utterances, key=lambda one: one.id)]
     intervals = [
         percentile_interval(
             resampled_rates(_row(errors), _row(totals), seed=seed, resamples=resamples)[0]

@@ -48,7 +48,9 @@ def whisper(text: str) -> str:
 def basic(text: str) -> str:
     """Whisper's normaliser for any language: lower case; brackets, symbols and marks removed.
 
-    Removing marks takes vowels away in Thai, Hindi and their relatives; `basic-marks` keeps them.
+    A mark becomes a space: vowels go in Thai, Hindi and their relatives, and words with the vowel
+    points of Arabic and Hebrew fall into letters. `basic-marks` keeps them. Letters that have a
+    code point with their accent (ü, ł, ç) are letters.
     """
     return _fold(_basic(preserve_marks=False)(text))
 
@@ -56,6 +58,12 @@ def basic(text: str) -> str:
 def basic_marks(text: str) -> str:
     """`basic` that keeps combining marks, for scripts whose vowels are marks (Thai, Hindi, ...)."""
     return _fold(_basic(preserve_marks=True)(text))
+
+
+def has_marks(text: str) -> bool:
+    """Whether `basic` would take marks out of a text, and with them part of its spelling."""
+    composed = unicodedata.normalize("NFKC", text)
+    return any(unicodedata.category(letter)[0] == "M" for letter in composed)
 
 
 def none(text: str) -> str:

@@ -42,6 +42,7 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform inside isthmus
 MAX_SECONDS = 4 * 3600.0
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 400_000  # Hz
 MAX_CHANNELS = 64
+MAGIC = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\x1aE\xdf\xa3")
 MAX_ABS_SAMPLE = 1e3  # full scale is 1; integers written as floats reach 32768
 
 Reader = SoundFileReader | AvReader
@@ -178,26 +179,31 @@ def _reader(handle: BinaryIO, name: str) -> Reader:
     """soundfile where it knows the content, else PyAV where it is installed."""
     try:
         return SoundFileReader(handle, name)
-    except (soundfile.LibsndfileError, TypeError) as error:  # TypeError: a `.raw` without header
-        refusal = error
+    except (soundfile.LibsndfileError, TypeError):  # TypeError: a `.raw` without header
+        pass
     try:
         import av
     except ModuleNotFoundError as error:
         raise AudioError(
             "unreadable",
-            f"{name}: soundfile cannot read it ({refusal}). If it is m4a, webm or a video, install "
-            "the extra that can: pip install 'isthmus[media]'.",
+            f"{name}: {_unknown(handle)} For m4a, webm and video install the extra that reads "
+            "them: pip install 'isthmus[media]'.",
         ) from error
     try:
         return AvReader(handle, name)
     except (av.FFmpegError, ValueError) as error:
         if isinstance(error, AudioError):
             raise
-        raise AudioError(
-            "unreadable",
-            f"{name}: neither soundfile ({refusal}) nor PyAV ({error}) can read it. Convert it to "
-            "wav or flac, or remove it.",
-        ) from error
+        raise AudioError("unreadable", f"{name}: {_unknown(handle)}") from error
+
+
+def _unknown(handle: BinaryIO) -> str:
+    """What is said of content that no decoder takes."""
+    handle.seek(0)
+    head = handle.read(12)
+    if head.startswith(MAGIC) or head[4:8] == b"ftyp":
+        return "cut short or damaged: no decoder can read on. Copy it again, or remove it."
+    return "not audio: no decoder knows it. If it plays elsewhere, convert it to wav or flac."
 
 
 def _check_range(start: float, duration: float | None) -> None:

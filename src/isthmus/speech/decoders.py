@@ -85,7 +85,7 @@ class SoundFileReader:
                 yield block
         except soundfile.LibsndfileError as error:
             at = start + done / self.sample_rate
-            raise _truncated(self.name, f"decoding stops after {at:.3f} s ({error})") from error
+            raise _truncated(self.name, f"decoding stops after {at:.3f} s") from error
         if math.isfinite(left) and self.num_frames is not None:
             missing = (left - done) / self.sample_rate
             if missing > DURATION_TOLERANCE:
@@ -159,7 +159,7 @@ class AvReader:
                     return
         except self._errors as error:
             at = position / self.sample_rate
-            raise _truncated(self.name, f"decoding stops after {at:.3f} s ({error})") from error
+            raise _truncated(self.name, f"decoding stops after {at:.3f} s") from error
         missing = (self._declared or 0.0) - position / self.sample_rate
         if missing > _AV_TOLERANCE:
             raise _truncated(self.name, f"{missing:.3f} s promised by the header are missing")

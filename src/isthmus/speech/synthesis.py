@@ -1,4 +1,4 @@
-"""Synthetic English speech: espeak-ng through ctypes, and corpora of it with word timings.
+"""Synthetic speech: espeak-ng through ctypes, and corpora of it with word timings.
 
 espeak-ng (GPL-3) comes with the `synth` extra and is loaded by `speak`, never on import. It is
 global to the process and not thread-safe: call `speak` from one thread only.
@@ -24,6 +24,7 @@ import soxr
 from isthmus.errors import IsthmusError, suggest
 from isthmus.files import write_atomic
 from isthmus.speech.audio import SAMPLE_RATE
+from isthmus.speech.foreign import ENGLISH, VOICES, check_language, short_text
 from isthmus.speech.sentences import sentence
 
 Augmenter = Callable[[np.ndarray, np.random.Generator], np.ndarray]
@@ -76,11 +77,14 @@ class Voice:
 DEFAULT_VOICE = Voice("en-us")
 
 
-def random_voice(rng: np.random.Generator, held_out: bool = False) -> Voice:
+def random_voice(
+    rng: np.random.Generator, held_out: bool = False, language: str = ENGLISH
+) -> Voice:
     """Draw a voice; held-out voices and training voices have no variant in common."""
     variants = HELD_OUT_VARIANTS if held_out else VARIANTS
+    accents = ACCENTS if language == ENGLISH else VOICES[language]
     return Voice(
-        name=f"{ACCENTS[rng.integers(len(ACCENTS))]}+{variants[rng.integers(len(variants))]}",
+        name=f"{accents[rng.integers(len(accents))]}+{variants[rng.integers(len(variants))]}",
         rate=int(rng.integers(95, 191)),
         pitch=int(rng.integers(15, 86)),
         pitch_range=int(rng.integers(20, 86)),
@@ -206,8 +210,8 @@ class _Engine:
 def speak(text: str, voice: Voice = DEFAULT_VOICE) -> tuple[np.ndarray, list[Word]]:
     """Say a text of words separated by spaces.
 
-    Letters are spoken by their names; `a` too, if another letter follows or if the text holds
-    nothing but letters and digits.
+    English letters are spoken by their names; `a` too, if another letter follows or if the text
+    holds nothing but letters and digits.
 
     Returns:
         the waveform (S,), float32 in [-1, 1] at 16 kHz, and one `Word` for each word of the text; a
@@ -220,9 +224,10 @@ def speak(text: str, voice: Voice = DEFAULT_VOICE) -> tuple[np.ndarray, list[Wor
     words = text.split()
     if not words:
         raise SynthesisError("there is nothing to say in an empty text; give at least one word")
+    english = voice.name.startswith(ENGLISH)
     spelled = all(len(word) == 1 or word in _DIGITS for word in words)
     spoken = [
-        _LETTER_A if word in ("a", "A") and (spelled or len(following) == 1) else word
+        _LETTER_A if english and word in ("a", "A") and (spelled or len(following) == 1) else word
         for word, following in zip(words, [*words[1:], ""], strict=True)  # also a m and a c
     ]
     engine = _Engine()
@@ -260,9 +265,22 @@ def _timings(
     ]
 
 
-def draw_texts(count: int, seed: int, domains: Mapping[str, float] | None = None) -> list[str]:
-    """Texts to speak; text i depends on (seed, i, domains) alone."""
-    return [sentence(np.random.default_rng([seed, i]), domains) for i in range(count)]
+def draw_texts(
+    count: int, seed: int, domains: Mapping[str, float] | None = None, language: str = ENGLISH
+) -> list[str]:
+    """Texts to speak; text i depends on the other arguments and i alone.
+
+    Raises IsthmusError for a language that is not known, and for domains of any but English.
+    """
+    check_language(language)
+    if language == ENGLISH:
+        return [sentence(np.random.default_rng([seed, i]), domains) for i in range(count)]
+    if domains:
+        raise IsthmusError(
+            f"Domains ({', '.join(domains)}) are kinds of English text, and the language is "
+            f"{language}. Leave one of them out."
+        )
+    return [short_text(np.random.default_rng([seed, i]), language) for i in range(count)]
 
 
 def synthesise_corpus(
@@ -273,25 +291,27 @@ def synthesise_corpus(
     held_out: bool = False,
     workers: int = 1,
     augmentation: Augmenter | None = None,
+    language: str = ENGLISH,
 ) -> Path:
     """Speak `texts` by random voices into `folder`/audio (FLAC, 16 bit, 16 kHz mono).
 
-    Utterance i depends on (seed, i, text, held_out, augmentation) alone, whatever the number of
-    workers. `augmentation` must be picklable when there are several. The manifest is written last,
-    in one step, so a folder with a manifest is complete.
+    Utterance i depends on (seed, i, text, held_out, augmentation, language) alone, whatever the
+    number of workers. `augmentation` must be picklable when there are several. The manifest is
+    written last, in one step, so a folder with a manifest is complete.
 
     Returns:
         the path of the manifest, one JSON object a line: id, audio (relative to the manifest),
         duration (seconds), sample_rate, text, speaker, language, words [[word, start, end], …].
 
     Raises:
-        IsthmusError: `folder` has a manifest already.
+        IsthmusError: `folder` has a manifest already, or the language is not known.
     """
+    check_language(language)
     manifest = folder / "manifest.jsonl"
     if manifest.exists():
         raise IsthmusError(f"{manifest} exists already. Remove it, or write to another folder.")
     (folder / "audio").mkdir(parents=True, exist_ok=True)
-    make = partial(_utterance, folder, seed, held_out, augmentation)
+    make = partial(_utterance, folder, seed, held_out, augmentation, language)
     if workers > 1:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
@@ -309,12 +329,13 @@ def _utterance(
     seed: int,
     held_out: bool,
     augmentation: Augmenter | None,
+    language: str,
     index: int,
     text: str,
 ) -> dict[str, object]:
     """Synthesise and write utterance `index`; return its line of the manifest."""
     rng = np.random.default_rng((seed, index))
-    voice = random_voice(rng, held_out)
+    voice = random_voice(rng, held_out, language)
     speech, words = speak(text, voice)
     lead, tail = (int(SAMPLE_RATE * rng.uniform(*SILENCE_SECONDS)) for _ in range(2))
     waveform = np.pad(speech, (lead, tail))
@@ -323,7 +344,8 @@ def _utterance(
         augmented = augmentation(waveform, rng)
         stretch = len(augmented) / len(waveform)  # a change of speed moves the words too
         waveform = augmented
-    utterance_id = f"synthetic_{seed}_{index:06d}"
+    name = "synthetic" if language == ENGLISH else f"synthetic_{language}"
+    utterance_id = f"{name}_{seed}_{index:06d}"
     audio = f"audio/{utterance_id}.flac"
     soundfile.write(folder / audio, waveform, SAMPLE_RATE, subtype="PCM_16")
     shift = lead / SAMPLE_RATE
@@ -334,7 +356,7 @@ def _utterance(
         "sample_rate": SAMPLE_RATE,
         "text": text,
         "speaker": f"{voice.name}-r{voice.rate}-p{voice.pitch}",
-        "language": "en",
+        "language": language,
         "words": [
             [word, round((start + shift) * stretch, 3), round((end + shift) * stretch, 3)]
             for word, start, end in words

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +18,7 @@ from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import load_cut
 from isthmus.training.features import FeatureCache
+from isthmus.training.languages import draw, language
 
 MISSING = -1  # number of frames of an utterance that is not in the cache
 BUCKET_BATCHES = 50  # batches whose utterances are sorted together
@@ -35,6 +38,8 @@ class Batch:
     texts: list[str]  # transcripts
     seconds: float = 0.0  # of audio, without padding
     rejected: tuple[str, ...] = ()  # what could not be loaded, and why
+    languages: tuple[str, ...] = ()  # of each, "" where it is not known or there are several
+    draws: tuple[int, ...] = ()  # a random number for each, to choose by
     keys: tuple[str, ...] = ()  # in the feature cache, where there is one
     frames: Tensor | None = None  # (T, D) of those that are there, one behind the other
     num_frames: tuple[int, ...] = ()  # of each, MISSING if it is not there
@@ -162,6 +167,7 @@ class SpeechData:
         seed: int = 0,
         augmentation: Augmentation | None = None,
         join: JoinSettings | None = None,
+        temperature: float | None = None,
         fits: Fits = lambda durations, text: None,
         positions: Positions | None = None,
     ):
@@ -170,20 +176,27 @@ class SpeechData:
         self.seed = seed
         self.augmentation = augmentation
         self.join = join
+        self.temperature = temperature
         self.fits = fits
         self.positions = positions
         self.cache: FeatureCache | None = None
 
     def digest(self) -> str:
-        """SHA-256 over id, duration and text of the utterances, in order."""
-        rows = [[cut.id, float(cut.duration), transcript(cut)] for cut in self.cuts]
+        """SHA-256 over id, duration, text and language of the utterances, in order."""
+        rows = [[cut.id, float(cut.duration), transcript(cut), language(cut)] for cut in self.cuts]
         return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
     def plan(self, settings: TrainSettings, epoch: int) -> list[list[Group]]:
         """The training batches of an epoch."""
-        groups = join_utterances(
-            self.durations, self.join, seed=self.seed, epoch=epoch, fits=self._group_fits
+        drawn = self._drawn(epoch)
+        places = join_utterances(
+            self._durations(drawn),
+            self.join,
+            seed=self.seed,
+            epoch=epoch,
+            fits=lambda group: self._group_fits([drawn[place] for place in group]),
         )
+        groups = [tuple(drawn[place] for place in group) for group in places]
         seconds = [sum(self._durations(group)) for group in groups]
         budget, positions = Budget.of(settings), None
         if budget.max_tokens is not None:
@@ -211,6 +224,8 @@ class SpeechData:
             collate(ids, [row.samples for row in rows], texts),
             seconds=sum(row.seconds for row in rows),
             rejected=tuple(rejected),
+            languages=tuple(row.language for row in rows),
+            draws=tuple(row.draw for row in rows),
             keys=tuple(row.key for row in rows) if self.cache else (),
             # one tensor: each would take a file of shared memory on its way from a worker
             frames=torch.cat(found) if found else None,
@@ -219,30 +234,49 @@ class SpeechData:
 
     def names(self, groups: Sequence[Group]) -> str:
         """The utterances of a batch, for messages."""
-        return ", ".join(self.cuts[index].id for group in groups for index in group)
+        return ", ".join(self._cut(index).id for group in groups for index in group)
+
+    def _drawn(self, epoch: int) -> Sequence[int]:
+        """The utterances of an epoch; where one comes again, under another number (see `draw`)."""
+        if self.temperature is None:
+            return range(len(self.cuts))
+        languages = [language(cut) for cut in self.cuts]
+        return draw(languages, self.temperature, seed=self.seed, epoch=epoch)
+
+    def _cut(self, index: int) -> Cut:
+        return self.cuts[index % len(self.cuts)]
 
     def _row(self, group: Group, epoch: int | None) -> "_Row":
-        name = "+".join(self.cuts[index].id for index in group)
+        cuts = [self._cut(index) for index in group]
+        name = "+".join(cut.id for cut in cuts)
+        if epoch is None:
+            number = zlib.crc32(name.encode())
+        else:
+            number = int(np.random.SeedSequence([self.seed, epoch, *group, 3]).generate_state(1)[0])
+        spoken = {language(cut) for cut in cuts}
+        row = partial(
+            _Row, name, self._text(group), spoken.pop() if len(spoken) == 1 else "", number
+        )
         if self.cache is None:
             samples = np.concatenate([self._waveform(index, epoch) for index in group])
-            return _Row(name, self._text(group), len(samples) / SAMPLE_RATE, samples)
-        (index,) = group  # joined and augmented utterances are not cached
-        key = self.cache.key(self.cuts[index])
+            return row(len(samples) / SAMPLE_RATE, samples)
+        (cut,) = cuts  # joined and augmented utterances are not cached
+        key = self.cache.key(cut)
         frames = self.cache.get(key)
-        samples = self._waveform(index, None) if frames is None else np.empty(0, np.float32)
-        return _Row(name, self._text(group), self.durations[index], samples, key, frames)
+        samples = self._waveform(group[0], None) if frames is None else np.empty(0, np.float32)
+        return row(float(cut.duration), samples, key, frames)
 
     def _group_fits(self, group: Sequence[int]) -> bool:
         return self.fits(self._durations(group), self._text(group)) is None
 
     def _durations(self, group: Sequence[int]) -> list[float]:
-        return [self.durations[index] for index in group]
+        return [self.durations[index % len(self.cuts)] for index in group]
 
     def _text(self, group: Sequence[int]) -> str:
-        return " ".join(transcript(self.cuts[index]) for index in group)
+        return " ".join(transcript(self._cut(index)) for index in group)
 
     def _waveform(self, index: int, epoch: int | None) -> np.ndarray:
-        waveform = load_cut(self.cuts[index])
+        waveform = load_cut(self._cut(index))
         if self.augmentation is None or epoch is None:
             return waveform
         return self.augmentation(waveform, np.random.default_rng([self.seed, epoch, index]))
@@ -254,6 +288,8 @@ class _Row:
 
     id: str
     text: str
+    language: str
+    draw: int
     seconds: float
     samples: np.ndarray  # (S,), none where its frames are cached
     key: str = ""

@@ -16,7 +16,7 @@ Loaded = tuple[Batch, np.random.Generator | None]
 
 
 class CTCTask:
-    """CTC loss (nats, summed; units are letters); correct are the letters of texts got right."""
+    """CTC loss (nats, summed); correct are the spelling units of texts got right."""
 
     def __init__(
         self,
@@ -75,10 +75,11 @@ class CTCTask:
             lengths,
             blank=model.blank,
             reduction="sum",
-            zero_infinity=True,  # augmentation may leave fewer frames than letters, for once
+            zero_infinity=True,  # augmentation may leave fewer frames than units, for once
         )
         hypotheses = model.greedy(log_probs.detach(), num_frames)
-        right = sum(len(t) for t, h in zip(batch.texts, hypotheses, strict=True) if t == h)
+        pairs = zip(batch.texts, hypotheses, labels, strict=True)
+        right = sum(len(label) for text, hypothesis, label in pairs if text == hypothesis)
         return Loss(
             total, int(lengths.sum()), right, seconds=batch.seconds, rejected=batch.rejected
         )

@@ -12,12 +12,14 @@ from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
 from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Corpus, CTCRecipe, DataSettings, Recipe
+from isthmus.model.spelling import letters_known
+from isthmus.recipe import DEFAULT_LANGUAGE, Corpus, CTCRecipe, DataSettings, Recipe
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import read_corpus, usable
 from isthmus.training.batches import Fits, Positions, SpeechData, transcript
 from isthmus.training.features import FeatureCache, cache_folder, encoder_description
+from isthmus.training.languages import check_named, check_spoken, chosen
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +37,24 @@ def speech_data(
     positions = positions_of(model, data.augment) if isinstance(model, SpeechLLM) else None
     budget = recipe.train.max_tokens if isinstance(recipe, Recipe) else None
     fits = _within(budget, positions, fits_model(model, data.augment))
+    cuts = chosen(load_cuts(data.train, data, fits), data.languages, "data.train")
+    if data.language_temperature is not None:
+        check_named(cuts)
+    if isinstance(recipe, Recipe) and isinstance(recipe.train.text_masking, dict):
+        masked = recipe.train.text_masking.keys() - {DEFAULT_LANGUAGE}
+        check_spoken("train.text_masking", sorted(masked), cuts, "data.train")
     train = SpeechData(
-        load_cuts(data.train, data, fits),
+        cuts,
         seed=recipe.seed,
         augmentation=data.augment,
         join=data.join,
+        temperature=data.language_temperature,
         fits=fits,
         positions=positions,
     )
     dev = load_cuts(data.dev, data, _within(budget, positions, fits_model(model)))
+    if dev:
+        dev = chosen(dev, data.languages, "data.dev")
     return train, SpeechData(dev, positions=positions) if dev else None
 
 
@@ -147,14 +158,15 @@ def fits_model(model: SpeechLLM | ConformerCTC, augmentation: Augmentation | Non
 
 
 def _fits_ctc(model: ConformerCTC) -> Fits:
-    """CTC needs a frame for each letter, and one more between two equal ones."""
-    units = model.tokenizer.get_vocab().keys()
+    """CTC needs a frame for each unit, and one more between two equal ones."""
+    letters = letters_known(model.tokenizer)
 
     def fault(durations: Sequence[float], text: str) -> str | None:
-        unknown = sorted(set(text) - units)
+        unknown = sorted(set(text) - letters)
         if unknown:
             return f"its text has {', '.join(map(repr, unknown))}, not among the letters"
-        needed = len(text) + sum(a == b for a, b in itertools.pairwise(text))
+        units = model.tokenizer.encode(text, add_special_tokens=False)
+        needed = len(units) + sum(a == b for a, b in itertools.pairwise(units))
         frames = model.output_length(int(sum(durations) * SAMPLE_RATE))
         if needed > frames:
             return f"its text needs {needed} frames for CTC, the audio has {frames}"

@@ -33,7 +33,6 @@ from torch import Tensor
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, write_atomic
 from isthmus.model.encoder import EncoderSettings
-from isthmus.model.parts import PretrainedSettings, source
 from isthmus.speech.corpora import load_cut
 
 FRONT_END_VERSION = 1  # raise it whenever the code that turns audio into frames changes
@@ -60,11 +59,16 @@ def encoder_description(
             f"encoder.tune is {settings.tune!r}: only the frames of a frozen encoder stay the "
             "same and can be kept. Switch the feature cache off, or set encoder.tune: frozen."
         )
-    files = {}
-    if isinstance(settings, PretrainedSettings):
-        files = source(settings.path, settings.revision).sha256
+    files = {
+        f"{name}/{file}".lstrip("/"): digest
+        for name, part in settings.sources().items()
+        for file, digest in part.sha256.items()
+    }
+    names = dict.fromkeys(("tune", "path", "revision"), True)
     return {
-        "encoder": settings.model_dump(mode="json", exclude={"tune", "path", "revision"}),
+        "encoder": settings.model_dump(
+            mode="json", exclude={**names, "first": names, "second": names}
+        ),
         "sha256": files,
         "dtype": dtype,
         "precision": precision,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from isthmus.model.layers import checkpoint_layers, compile_layers, recompute_gates
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, SpeechTrainSettings
+from isthmus.training.alignment import alignment_loss
 from isthmus.training.batches import Batch, Group, SpeechData
 from isthmus.training.features import FeatureCache
 from isthmus.training.loop import Loss
@@ -77,11 +78,23 @@ class SpeechTask:
             silence = torch.zeros(STAND_IN_SAMPLES, device=batch.waveforms.device)
             found = model.transcript_loss(model.project([model.encode_alone(silence)]), [""])
             return Loss(found.total * 0, 0, 0, rejected=batch.rejected)
-        found = model.transcript_loss(model.project(self._frames(batch)), batch.texts)
+        training, settings = model.training, self.settings
+        audio = model.project(self._frames(batch))
+        masking = [settings.masking(language) for language in batch.languages]
+        found = model.transcript_loss(
+            audio,
+            batch.texts,
+            prompts=[model.prompts[number % len(model.prompts)] for number in batch.draws],
+            masking=masking if training and any(masking) else None,
+        )
+        alignment = torch.zeros_like(found.total)
+        if training and settings.alignment_weight:
+            alignment = alignment_loss(model.llm, audio, batch.texts)
         return Loss(
-            found.total,
+            found.total + settings.alignment_weight * alignment,
             found.tokens,
             found.correct,
+            alignment=alignment.detach(),
             seconds=batch.seconds,
             positions=found.positions,
             padding=found.padding,

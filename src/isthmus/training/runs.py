@@ -8,8 +8,9 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -29,26 +30,30 @@ from isthmus.recipe import (
     Recipe,
     dump_recipe,
     load_recipe,
-    parse_yaml,
 )
+from isthmus.recipe_files import parse_yaml
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import Verification
+from isthmus.training.folder import ENVIRONMENT as ENVIRONMENT
+from isthmus.training.folder import RECIPE as RECIPE
+from isthmus.training.folder import check_run, versions
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
+from isthmus.training.spelling import UNITS, keep_units, run_units
 
-RECIPE = "recipe.yaml"
 PARTS = "parts.json"
 DATA = "data.json"
-ENVIRONMENT = "environment.json"
+CHANGES = "changes.jsonl"
 MODEL = "model"
 TENSORBOARD = "tensorboard"
-WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, METRICS, BEST, CHECKPOINTS, MODEL, TENSORBOARD}
+WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, CHANGES, METRICS, BEST, CHECKPOINTS, MODEL}
+WRITTEN |= {TENSORBOARD, UNITS}
 log = logging.getLogger(__name__)
 
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
@@ -75,6 +80,7 @@ class RunFolder:
         self.opening = opening
         self.ranks = ranks
         self.resumed = False
+        self._changes: dict[str, tuple[Any, Any]] = {}
         self._lock: FolderLock | None = None
 
     def __enter__(self) -> Self:
@@ -154,6 +160,7 @@ class RunFolder:
             )
         for key, (old, new) in changes.items():
             log.warning("%s changes within the run: %r then, %r now.", key, old, new)
+        self._changes |= changes
 
     def _allowed(self, key: str) -> bool:
         return any(key == one or key.startswith(f"{one}.") for one in self.opening.allow_change)
@@ -168,6 +175,7 @@ class RunFolder:
             before = read_json(self.folder / DATA) if data is not None else {}
             if data is not None and before != data:
                 self._refuse({"data": (before, data)})
+            self._note_changes()
         else:
             found = [path for path in self.folder.iterdir() if _is_written(path.name)]
             # last those two that make it a run: until then the same command may overwrite it
@@ -183,6 +191,19 @@ class RunFolder:
             _write_json(self.folder / DATA, data)
         _write_json(self.folder / ENVIRONMENT, _environment())
         write_atomic(self.folder / RECIPE, dump_recipe(self.recipe))  # last: now it is a run
+
+    def _note_changes(self) -> None:
+        """Add to the folder's history what goes on otherwise than it was begun."""
+        if not self._changes:
+            return
+        steps = [int(path.name[5:]) for path in checkpoint.checkpoints(self.folder / CHECKPOINTS)]
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        when = {"date": now, "step": max(steps, default=0)}
+        file = self.folder / CHANGES
+        lines = [file.read_text(encoding="utf-8")] if file.exists() else []
+        for key, (before, after) in self._changes.items():
+            lines.append(json.dumps(when | {"key": key, "before": before, "after": after}) + "\n")
+        write_atomic(file, "".join(lines))
 
 
 def _is_written(name: str) -> bool:
@@ -237,10 +258,12 @@ def train(
     opening: Opening = Opening(),
     *,
     on_step: OnStep = lambda metrics: None,
+    on_task: Callable[[SpeechTask], None] = lambda task: None,
 ) -> Progress:
     """Train what a recipe does not freeze; `folder` is then a run to decode with.
 
-    Nothing is written before the models and the data are loaded.
+    `on_task` is shown model and data before the first step, to watch, not to touch. Nothing is
+    written before the models and the data are loaded.
     """
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
@@ -256,6 +279,7 @@ def train(
         task.use_cache(cache)
         for line in prepare(model, recipe.train, ranks, cached=cache is not None):
             log.info(line)
+        on_task(task)
         return fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
 
 
@@ -292,10 +316,7 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     Raises IsthmusError when the run is unfinished or damaged, or when a frozen part is not the one
     it was trained with.
     """
-    if not (folder / RECIPE).is_file():
-        raise IsthmusError(
-            f"{folder} is no run folder: it has no {RECIPE}. Name one that `isthmus train` made."
-        )
+    check_run(folder)
     recover_folder(folder / BEST)
     weights = folder / BEST
     if not weights.is_dir():
@@ -307,18 +328,35 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
             )
         log.info("%s was never validated: its newest checkpoint %s", folder, newest.name)
         weights = newest
-    recipe = _as_recorded(load_recipe(folder / RECIPE), folder)
+    recipe = _as_recorded(stored_recipe(folder), folder)
     _compare_sources(recipe, folder)
     model = recipe.build()
     checkpoint.load_weights(weights, model.trained_state())
     return model.to(choose_device()).eval(), recipe
 
 
+def stored_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder; raises IsthmusError, with the version that wrote it."""
+    try:
+        return load_recipe(folder / RECIPE)
+    except IsthmusError as error:
+        raise IsthmusError(f"{error}{versions(folder)}") from error
+
+
 def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the commits that the run was trained with, where they come from the hub."""
-    commits = {name: part["commit"] for name, part in read_json(folder / PARTS).items()}
-    parts = {name: getattr(recipe, name).at(commit) for name, commit in commits.items() if commit}
-    return recipe.model_copy(update=parts)
+    for name, part in read_json(folder / PARTS).items():
+        if part["commit"]:
+            recipe = _pinned(recipe, name.split("."), part["commit"])
+    return recipe
+
+
+def _pinned(settings: Any, path: Sequence[str], commit: str) -> Any:
+    """Settings with the commit of the part at `path` below them."""
+    if not path:
+        return settings.at(commit)
+    part = _pinned(getattr(settings, path[0]), path[1:], commit)
+    return settings.model_copy(update={path[0]: part})
 
 
 def _compare_sources(recipe: Experiment, folder: Path) -> None:
@@ -343,9 +381,11 @@ def pretrain_ctc(
     """Train a Conformer with CTC; `folder`/model is the encoder to name in a recipe."""
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
-        model = recipe.build().to(ranks.device)
+        units = run_units(recipe, folder, ranks, resumed=run.resumed)
+        model = recipe.build(units).to(ranks.device)
         train_data, dev = speech_data(recipe, model)
         run.begin(_digests(train_data, dev))
+        keep_units(units, folder, ranks)
         task = CTCTask(model, train_data, dev, recipe)
         end = fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
         checkpoint.load_weights(folder / BEST, task.state())

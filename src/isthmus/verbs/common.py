@@ -22,7 +22,7 @@ AllowChange = Annotated[
     typer.Option(
         "--allow-change",
         metavar="KEY",
-        help="With --resume: let this setting differ, or data, code, or a package's version.",
+        help="When going on: let this setting differ, or data, code, or a package's version.",
     ),
 ]
 Curves = Annotated[
@@ -35,11 +35,11 @@ RunFolder = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Beam = Annotated[
     int | None,
-    typer.Option("--beam-size", "--beam_size", min=1, help="Hypotheses kept; 1 is greedy."),
+    typer.Option("--beam-size", min=1, help="Hypotheses kept; 1 is greedy."),
 ]
 BatchSize = Annotated[
     int | None,
-    typer.Option("--batch-size", "--batch_size", min=1, help="Utterances decoded together."),
+    typer.Option("--batch-size", min=1, help="Utterances decoded together."),
 ]
 Normaliser = Annotated[
     str, typer.Option(help="whisper, basic, basic-marks, lower, none or module:callable.")

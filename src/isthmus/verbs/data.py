@@ -1,11 +1,13 @@
 """Verbs for corpora."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from isthmus.errors import IsthmusError
+from isthmus.options import takes
 from isthmus.verbs.common import Json, print_json
 
 app = typer.Typer()
@@ -49,34 +51,56 @@ def prepare(
         typer.echo("\n".join(f"{name}: {path}" for name, path in splits.items()))
 
 
-@app.command()
-def synth(
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
-    utterances: Annotated[int, typer.Option(min=1)] = 1000,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    held_out: Annotated[
-        bool, typer.Option("--held-out", help="Voices never used otherwise.")
-    ] = False,
+@dataclass(frozen=True)
+class SynthOptions:
+    """What `isthmus synth` takes."""
+
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")]
+    utterances: Annotated[int, typer.Option(min=1)] = 1000
+    seed: Annotated[int, typer.Option(min=0)] = 0
+    held_out: Annotated[bool, typer.Option("--held-out", help="Voices never used otherwise.")] = (
+        False
+    )
     domains: Annotated[
         str, typer.Option(help="Kinds of text and weights, as digit=1,order=4; all if empty.")
-    ] = "",
-    text: Annotated[Path | None, typer.Option(help="Speak the lines of this file instead.")] = None,
-    workers: Annotated[int, typer.Option(min=1)] = 1,
-    as_json: Json = False,
-) -> None:
-    """Synthesise English speech with transcripts and word timings (espeak-ng)."""
-    from isthmus.speech.synthesis import draw_texts, synthesise_corpus
+    ] = ""
+    language: Annotated[
+        str, typer.Option(help="en, or digits and commands in de, es, fr, it, nl, pl, pt.")
+    ] = "en"
+    text: Annotated[Path | None, typer.Option(help="Speak the lines of this file instead.")] = None
+    workers: Annotated[int, typer.Option(min=1)] = 1
+    as_json: Json = False
 
-    if text is not None:
+    @property
+    def texts(self) -> list[str]:
+        """What is to be spoken."""
+        from isthmus.speech.synthesis import draw_texts
+
+        if self.text is None:
+            return draw_texts(self.utterances, self.seed, _weights(self.domains), self.language)
         try:
-            lines = text.read_text(encoding="utf-8").splitlines()
+            lines = self.text.read_text(encoding="utf-8").splitlines()
         except UnicodeDecodeError as error:
-            raise IsthmusError(f"{text}: not UTF-8 text ({error}). Convert it.") from error
-        texts = [line for line in lines if line.strip()]
-    else:
-        texts = draw_texts(utterances, seed, _weights(domains))
-    manifest = synthesise_corpus(out, texts, seed, held_out=held_out, workers=workers)
-    if as_json:
+            raise IsthmusError(f"{self.text}: not UTF-8 text ({error}). Convert it.") from error
+        return [line for line in lines if line.strip()]
+
+
+@app.command()
+@takes(SynthOptions)
+def synth(options: SynthOptions) -> None:
+    """Synthesise speech with transcripts and word timings (espeak-ng)."""
+    from isthmus.speech.synthesis import synthesise_corpus
+
+    texts = options.texts
+    manifest = synthesise_corpus(
+        options.out,
+        texts,
+        options.seed,
+        held_out=options.held_out,
+        workers=options.workers,
+        language=options.language,
+    )
+    if options.as_json:
         print_json({"manifest": str(manifest), "utterances": len(texts)})
     else:
         typer.echo(f"{len(texts)} utterances: {manifest}")

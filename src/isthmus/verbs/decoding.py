@@ -3,7 +3,7 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -18,6 +18,16 @@ if TYPE_CHECKING:
     from isthmus.decoding.transcriber import DecodeChanges
 
 
+Instruction = Annotated[
+    str | None,
+    typer.Option("--instruction", help="Another instruction than the run was trained with."),
+]
+CTCWeight = Annotated[
+    float | None,
+    typer.Option("--ctc-weight", min=0, help="How much of a say the encoder's CTC head has."),
+]
+
+
 @dataclass(frozen=True)
 class TranscribeOptions:
     """What `isthmus transcribe` takes."""
@@ -29,18 +39,16 @@ class TranscribeOptions:
     model: Model = "default"
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "--output_dir", "-o", help="Write files here, not the text."),
+        typer.Option("--output-dir", "-o", help="Write files here, not the text."),
     ] = None
     output_format: Annotated[
         str | None,
-        typer.Option(
-            "--output-format", "--output_format", "-f", help="txt, srt, vtt, tsv, json or all."
-        ),
+        typer.Option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all."),
     ] = None
     word_timestamps: Annotated[bool, switch("word-timestamps", "When each word was said.")] = False
     align_model: Annotated[
         str | None,
-        typer.Option("--align-model", "--align_model", help="A CTC model that times the words."),
+        typer.Option("--align-model", help="A CTC model that times the words."),
     ] = None
     highlight_words: Annotated[bool, switch("highlight-words", "Underline each in turn.")] = False
     max_line_width: Annotated[int | None, limit("max-line-width", "Letters of a line.")] = None
@@ -48,7 +56,7 @@ class TranscribeOptions:
     max_words_per_line: Annotated[int | None, limit("max-words-per-line", "Words of a cue.")] = None
     beam_size: Beam = None
     length_penalty: Annotated[
-        float | None, typer.Option("--length-penalty", "--length_penalty", help="As in the recipe.")
+        float | None, typer.Option("--length-penalty", help="As in the recipe.")
     ] = None
     nbest: Annotated[int | None, limit("nbest", "Hypotheses to write (--json).")] = None
     batch_size: BatchSize = None
@@ -56,20 +64,31 @@ class TranscribeOptions:
         str | None, typer.Option("--hotwords", help="Phrases to be expected, parted by commas.")
     ] = None
     ngram: Annotated[
-        str | None, typer.Option("--ngram", help="An n-gram language model, an ARPA file.")
+        Path | None,
+        typer.Option(
+            "--ngram", exists=True, dir_okay=False, help="An n-gram language model, an ARPA file."
+        ),
     ] = None
+    ctc_weight: CTCWeight = None
     ray: Annotated[
         str | None,
         typer.Option("--ray", help="Corpora: over a Ray cluster, by its address, or local."),
     ] = None
     gate: Annotated[
-        str | None, typer.Option("--gate", help="auto, silero, energy or none: who finds speech.")
+        Literal["auto", "silero", "energy", "none"] | None,
+        typer.Option("--gate", help="Who finds the speech."),
     ] = None
     strict: Annotated[
         bool | None,
         typer.Option("--strict/--no-strict", help="The same to the last bit in any company; slow."),
     ] = None
+    instruction: Instruction = None
     as_json: Json = False
+
+    @property
+    def files(self) -> list[str]:
+        """What outputs are named after."""
+        return ["stdin" if name == "-" else name for name in self.audio]
 
     @property
     def layout(self) -> "Layout":
@@ -87,9 +106,11 @@ class TranscribeOptions:
             "length_penalty": self.length_penalty,
             "nbest": self.nbest,
             "batch_size": self.batch_size,
-            "gate": cast(Any, self.gate),  # checked with the others
+            "gate": self.gate,
             "strict": self.strict,
-            "ngram": self.ngram,
+            "instruction": self.instruction,
+            "ngram": str(self.ngram) if self.ngram else None,
+            "ctc_weight": self.ctc_weight,
             "hotwords": tuple(filter(None, map(str.strip, (self.hotwords or "").split(","))))
             or None,
         }
@@ -99,34 +120,54 @@ class TranscribeOptions:
 @takes(TranscribeOptions)
 def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
-    from isthmus.decoding.formats import PLAIN, check_outputs, transcript_dict, write_transcript
-    from isthmus.decoding.transcriber import load
-    from isthmus.display import counting
+    from isthmus.decoding.formats import PLAIN, check_folder, check_outputs
+    from isthmus.decoding.inputs import are_corpora
+    from isthmus.training.folder import local_run
 
-    layout, names, folder = options.layout, options.audio, options.output_dir
-    words = options.word_timestamps or layout != PLAIN
-    output_format = options.output_format or "all"
-    if folder is None and (options.output_format or layout != PLAIN):
-        folder = Path()  # as whisper does
-    if _corpora(names):
+    words = options.word_timestamps or options.layout != PLAIN
+    local_run(options.model)
+    if are_corpora(options.audio):
         if options.output_dir is None:
             raise IsthmusError("A corpus is transcribed into a folder: add --output-dir FOLDER.")
+        check_folder(options.output_dir)
         _transcribe_corpora(options, words)
         return
-    files = ["stdin" if name == "-" else name for name in names]
-    check_outputs(files if folder is not None else (), output_format)
+    folder = options.output_dir
+    if folder is None and (options.output_format or options.layout != PLAIN):
+        folder = Path()  # as whisper does
+    output_format = options.output_format or "all"
+    files = options.files if folder is not None else []
+    check_outputs(files, output_format, folder)
     if options.align_model and not words:
         typer.echo("warning: --align-model has no effect without --word-timestamps.", err=True)
     listed = options.as_json or (folder is not None and output_format in ("json", "all"))
     if options.nbest and not listed:
         typer.echo("warning: --nbest has no effect without --json, which lists them.", err=True)
-    transcriber = load(options.model, align_model=options.align_model, **options.decode)
-    audio: list[Any] = [sys.stdin.buffer.read() if name == "-" else name for name in names]
-    found: dict[int, Any] = {}
+    _transcribe_recordings(options, words, folder)
+
+
+def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path | None) -> None:
+    from isthmus.decoding.formats import transcript_dict, write_transcript
+    from isthmus.decoding.inputs import audio_faults
+    from isthmus.display import counting, loading
+
+    names = options.audio
+    audio = [sys.stdin.buffer.read() if name == "-" else name for name in names]
+    found: dict[int, Any] = {**audio_faults(audio)}
+    for fault in found.values():
+        typer.echo(f"error: {fault}", err=True)
+    good = [index for index in range(len(names)) if index not in found]
+    if not good and not options.as_json:
+        raise typer.Exit(1)
+    with loading("the model"):
+        from isthmus.decoding.transcriber import load
+
+        transcriber = load(options.model, align_model=options.align_model, **options.decode)
     with counting("recordings") as on_recording:
-        for result in transcriber.results(audio, word_timestamps=words):
-            name, heard = names[result.index], result.found
-            found[result.index] = heard
+        for result in transcriber.results([audio[i] for i in good], word_timestamps=words):
+            index = good[result.index]
+            name, heard = names[index], result.found
+            found[index] = heard
             if isinstance(heard, IsthmusError):
                 typer.echo(f"error: {heard}", err=True)
             else:
@@ -134,7 +175,8 @@ def transcribe(options: TranscribeOptions) -> None:
                     cut = f"the end of a text is missing or made up ({heard.finish_reason})"
                     typer.echo(f"warning: {name}: {cut}.", err=True)
                 if folder is not None:
-                    write_transcript(heard, files[result.index], folder, output_format, layout)
+                    form = options.output_format or "all"
+                    write_transcript(heard, options.files[index], folder, form, options.layout)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:
@@ -155,22 +197,14 @@ def transcribe(options: TranscribeOptions) -> None:
         raise typer.Exit(1)
 
 
-def _corpora(names: list[str]) -> bool:
-    """Whether these are corpora, not recordings."""
-    from isthmus.decoding.job import is_corpus
-
-    kinds = {is_corpus(name) for name in names}
-    if len(kinds) > 1:
-        raise IsthmusError("Give corpora or recordings, not both at once.")
-    return True in kinds
-
-
 def _transcribe_corpora(options: TranscribeOptions, words: bool) -> None:
-    from isthmus.decoding.job import Cluster, system, transcribe_corpora
-    from isthmus.display import counting
-    from isthmus.training.parallel import leading
+    from isthmus.display import counting, loading
 
     assert options.output_dir is not None
+    with loading("the model"):
+        from isthmus.decoding.job import Cluster, system, transcribe_corpora
+        from isthmus.training.parallel import leading
+
     chosen = system(options.model, align_model=options.align_model, settings=options.decode)
     local = options.ray == "local"
     cluster = Cluster(None if local else options.ray) if options.ray else None
@@ -191,37 +225,70 @@ def _transcribe_corpora(options: TranscribeOptions, words: bool) -> None:
     raise typer.Exit(3 if report["failed"] else 0)
 
 
-@app.command()
-def evaluate(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or `default`.")],
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """What `isthmus evaluate` takes."""
+
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or `default`.")]
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
-    ],
-    beam_size: Beam = None,
-    batch_size: BatchSize = None,
-    normaliser: Normaliser = "basic",
+    ]
+    beam_size: Beam = None
+    batch_size: BatchSize = None
+    ctc_weight: CTCWeight = None
+    instruction: Instruction = None
+    normaliser: Normaliser = "basic"
     output_dir: Annotated[
         Path | None,
-        typer.Option("--output-dir", "--output_dir", "-o", help="Also write the transcripts here."),
-    ] = None,
-    ctc: Annotated[bool, typer.Option("--ctc", help="Also score the encoder's own CTC.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Transcribe corpora with a run and score the result."""
-    from isthmus.analysis.evaluate import check_ctc, ctc_scores
-    from isthmus.analysis.evaluate import evaluate as job
-    from isthmus.decoding.transcriber import load
-    from isthmus.display import counting, print_scores
+        typer.Option("--output-dir", "-o", help="Also write the transcripts here."),
+    ] = None
+    ctc: Annotated[bool, typer.Option("--ctc", help="Also score the encoder's own CTC.")] = False
+    as_json: Json = False
 
-    transcriber = load(run, beam_size=beam_size, batch_size=batch_size, cached=True)
-    if ctc:
+
+@app.command()
+@takes(EvaluateOptions)
+def evaluate(options: EvaluateOptions) -> None:
+    """Transcribe corpora with a run and score the result."""
+    from isthmus.decoding.formats import check_folder
+    from isthmus.display import counting, loading, print_scores
+    from isthmus.scoring import normaliser as find_normaliser
+    from isthmus.speech.utterances import find_corpus
+    from isthmus.training.folder import local_run
+
+    local_run(options.run)
+    find_normaliser(options.normaliser)
+    for corpus in options.data:
+        find_corpus(corpus)
+    if options.output_dir is not None:
+        check_folder(options.output_dir)
+    with loading("the model"):
+        from isthmus.analysis.evaluate import check_ctc, ctc_scores
+        from isthmus.analysis.evaluate import evaluate as job
+        from isthmus.decoding.transcriber import load
+
+        transcriber = load(
+            options.run,
+            beam_size=options.beam_size,
+            batch_size=options.batch_size,
+            ctc_weight=options.ctc_weight,
+            instruction=options.instruction,
+            cached=True,
+        )
+    if options.ctc:
         check_ctc(transcriber)
     with counting("utterances") as on_batch:
-        result = job(transcriber, data, normaliser=normaliser, folder=output_dir, on_batch=on_batch)
+        result = job(
+            transcriber,
+            options.data,
+            normaliser=options.normaliser,
+            folder=options.output_dir,
+            on_batch=on_batch,
+        )
     report = result.to_dict()
-    if ctc:
+    if options.ctc:
         report["ctc"] = ctc_scores(transcriber, result).to_dict()
-    if as_json:
+    if options.as_json:
         print_json(report)
     else:
         print_scores(report)

@@ -1,9 +1,11 @@
 """Verbs that train, and those for their recipes."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,17 +25,7 @@ from isthmus.verbs.common import (
 app = typer.Typer()
 
 if TYPE_CHECKING:
-    from isthmus.recipe import AnyRecipe, CTCRecipe, Experiment, LanguageRecipe, Recipe
-    from isthmus.training.checkpoint import Progress
-    from isthmus.training.loop import OnStep
-    from isthmus.training.runs import Opening
-
-    Kind = TypeVar("Kind", bound=Experiment, contravariant=True)
-
-    class Job(Protocol[Kind]):
-        def __call__(
-            self, recipe: Kind, folder: Path, opening: Opening, *, on_step: OnStep
-        ) -> Progress: ...
+    from isthmus.display import Metrics
 
 
 @app.command()
@@ -54,10 +46,9 @@ def quickstart(
         print_json(result)
 
 
-def _training_verb(
-    verb: str, purpose: str, parts: Callable[[], "tuple[type[AnyRecipe], Job[AnyRecipe]]"]
-) -> None:
-    """The verbs that train differ in `parts`: the kind of recipe, and the job that takes it."""
+def _training_verb(verb: str, purpose: str, kind: str, job: str) -> None:
+    """The verbs that train differ in the kind of recipe (in isthmus.recipe) and in the job that
+    takes it (module:function)."""
 
     @app.command(verb, help=purpose)
     def run(
@@ -70,20 +61,33 @@ def _training_verb(
         tensorboard: Curves = False,
         as_json: Json = False,
     ) -> None:
-        from isthmus.display import training_observer
-        from isthmus.recipe import load_recipe
-        from isthmus.training.parallel import leading
-        from isthmus.training.runs import Opening
+        from isthmus.display import loading, training_observer
 
-        kind, job = parts()
-        chosen = load_recipe(recipe, overrides or [], kind=kind)
-        folder = output_dir or Path("runs") / chosen.name
         if resume and overwrite:
             raise IsthmusError("--resume and --overwrite exclude each other. Give one of them.")
-        opening = Opening(resume, overwrite, allow_change or ())
-        curves = folder / "tensorboard" if tensorboard else None
-        with training_observer(chosen.train.steps, curves) as observe:
-            end = job(chosen, folder, opening, on_step=observe)
+        check_files(recipe, overrides or [])
+        steps: list[int] = []
+        with _told_when_interrupted(steps):
+            with loading("torch"):
+                from isthmus import recipe as recipes
+
+                chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, kind))
+                from isthmus.training import runs
+            folder = output_dir or Path("runs") / chosen.name
+            opening = runs.Opening(resume, overwrite, allow_change or ())
+            curves = folder / "tensorboard" if tensorboard else None
+            with training_observer(chosen.train.steps, curves) as observe:
+
+                def on_step(metrics: "Metrics") -> None:
+                    steps.append(metrics["step"])
+                    observe(metrics)
+
+                module, _, function = job.partition(":")
+                end = getattr(import_module(module), function)(
+                    chosen, folder, opening, on_step=on_step
+                )
+        from isthmus.training.parallel import leading
+
         if not leading():
             return
         if as_json:
@@ -93,30 +97,61 @@ def _training_verb(
             typer.echo(f"Trained to step {end.step}: {folder}")
 
 
-def _train() -> "tuple[type[Recipe], Job[Recipe]]":
-    from isthmus.recipe import Recipe
-    from isthmus.training.runs import train
-
-    return Recipe, train
-
-
-def _pretrain_ctc() -> "tuple[type[CTCRecipe], Job[CTCRecipe]]":
-    from isthmus.recipe import CTCRecipe
-    from isthmus.training.runs import pretrain_ctc
-
-    return CTCRecipe, pretrain_ctc
+@contextmanager
+def _told_when_interrupted(steps: Sequence[int]) -> Iterator[None]:
+    """Ctrl-C is answered by a line, also where training has not taken it over yet."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        where = f"in step {steps[-1] + 1}" if steps else "before the first step"
+        typer.echo(f"interrupted {where}: go on with --resume, or start again.", err=True)
+        raise
 
 
-def _pretrain_lm() -> "tuple[type[LanguageRecipe], Job[LanguageRecipe]]":
-    from isthmus.recipe import LanguageRecipe
-    from isthmus.training.runs import pretrain_lm
+def check_files(recipe: str, overrides: Sequence[str]) -> None:
+    """Raise IsthmusError, before torch is loaded, for a recipe or data that is not there."""
+    from isthmus.recipe_files import made_by, read_recipe
+    from isthmus.speech.utterances import find_corpus
 
-    return LanguageRecipe, pretrain_lm
+    file, values = read_recipe(recipe, overrides)
+    faults: dict[str, str] = {}  # one of each root: what it lacks, it lacks for all below
+    for role, path in _corpora(values.get("data")):
+        try:
+            find_corpus(path)
+        except IsthmusError as error:
+            faults.setdefault(Path(path).parts[0], f"data.{role}: {error}{made_by(file, path)}")
+    if faults:
+        raise IsthmusError("\n  ".join([f"{file} names data that is not there:", *faults.values()]))
 
 
-_training_verb("train", "Train what a recipe does not freeze: the projector, usually.", _train)
-_training_verb("pretrain-ctc", "Train a Conformer encoder with CTC.", _pretrain_ctc)
-_training_verb("pretrain-lm", "Train a small LLM on text made on the spot.", _pretrain_lm)
+def _corpora(data: Any) -> Iterator[tuple[str, str]]:
+    """Of settings that are not validated yet: train or dev, and the corpus."""
+    for role in ("train", "dev"):
+        named = data.get(role) if isinstance(data, dict) else None
+        for entry in named if isinstance(named, list) else ():
+            path = entry.get("path") if isinstance(entry, dict) else entry
+            if isinstance(path, str) and path:
+                yield role, path
+
+
+_training_verb(
+    "train",
+    "Train what a recipe does not freeze: the projector, usually.",
+    "Recipe",
+    "isthmus.analysis.plateau:train_watched",
+)
+_training_verb(
+    "pretrain-ctc",
+    "Train a Conformer encoder with CTC.",
+    "CTCRecipe",
+    "isthmus.training.runs:pretrain_ctc",
+)
+_training_verb(
+    "pretrain-lm",
+    "Train a small LLM on text made on the spot.",
+    "LanguageRecipe",
+    "isthmus.training.runs:pretrain_lm",
+)
 
 
 @app.command()
@@ -129,11 +164,17 @@ def cache(
     as_json: Json = False,
 ) -> None:
     """Compute the encoder's frames of a recipe's utterances once, and keep them on disk."""
-    from isthmus.display import counting
-    from isthmus.recipe import load_recipe
-    from isthmus.training.runs import cache_features
+    from rich.filesize import decimal
 
-    chosen = load_recipe(recipe, overrides or [])
+    from isthmus.display import counting, loading
+
+    check_files(recipe, overrides or [])
+    with loading("torch"):
+        from isthmus.recipe import load_recipe
+
+        chosen = load_recipe(recipe, overrides or [])
+        from isthmus.training.runs import cache_features
+
     with counting("utterances") as on_utterance:
         found = cache_features(chosen, on_utterance, only_verify=verify)
     if found is None:
@@ -141,15 +182,41 @@ def cache(
     elif as_json:
         print_json(asdict(found))
     else:
+        done = "Verified" if verify else "Kept"
         typer.echo(
-            f"{found.sound} utterances, {found.bytes / 1e9:.2f} GB; {found.broken} broken entries"
+            f"{done}: {found.sound} utterances, {decimal(found.bytes)}; "
+            f"{found.broken} broken entries"
         )
+
+
+@app.command()
+def units(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    clusters: Annotated[int, typer.Option(min=1, help="Units to find.")] = 500,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write, for projector.path.")
+    ] = Path("units.safetensors"),
+    as_json: Json = False,
+) -> None:
+    """Find discrete units of a recipe's encoder by k-means over its training data."""
+    from isthmus.display import counting
+    from isthmus.recipe import load_recipe
+    from isthmus.training.clusters import make_units
+
+    chosen = load_recipe(recipe, overrides or [])
+    with counting("utterances") as on_utterance:
+        frames = make_units(chosen, output, clusters, on_utterance)
+    if as_json:
+        print_json({"file": str(output), "clusters": clusters, "frames": frames})
+    else:
+        typer.echo(f"Wrote {output}: {clusters} units of {frames} frames.")
 
 
 @app.command()
 def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
-    from isthmus.recipe import shipped_recipes
+    from isthmus.recipe_files import shipped_recipes
 
     shipped = {name: _headline(path) for name, path in shipped_recipes().items()}
     if as_json:
@@ -166,7 +233,7 @@ def cp(
 ) -> None:
     """Copy a shipped recipe, to change it."""
     from isthmus.files import write_atomic
-    from isthmus.recipe import find_recipe
+    from isthmus.recipe_files import find_recipe
 
     if file.exists():
         raise IsthmusError(f"{file} exists. Name another file.")

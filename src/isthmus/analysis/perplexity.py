@@ -1,0 +1,182 @@
+"""How well a language model foretells text: perplexity a word (SLAM-ASR, table 8).
+
+    perplexity = exp(nats / words)
+
+`nats` is the negative log-likelihood of all tokens of all texts, each with its end token behind
+it. Every text stands alone, after the tokenizer's beginning of sequence (where it has none, after
+the end token, as if another text had ended). `words` are what white space parts in the text as the
+model read it. A word's perplexity can be compared between tokenizers, a token's cannot.
+
+Shapes: B batch, L tokens, V vocabulary.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isthmus.decoding.job import is_corpus
+from isthmus.decoding.transcriber import run_folder
+from isthmus.errors import IsthmusError
+from isthmus.model.llm import LLM, LLMSettings
+from isthmus.model.parts import choose_device
+from isthmus.model.prompt import plain_tokens
+from isthmus.scoring import normaliser as find_normaliser
+from isthmus.scoring import read_texts
+from isthmus.speech.corpora import read_corpus
+from isthmus.training.batches import transcript
+from isthmus.training.folder import DEFAULT, RECIPE
+from isthmus.training.runs import load_run
+
+LOGIT_BYTES = 256 * 2**20  # of a batch, in float32
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """What one text costs the model."""
+
+    nats: float
+    words: int
+    tokens: int  # its end token among them
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Perplexity a word of texts together."""
+
+    texts: tuple[Likelihood, ...]  # in the order in which they were given
+
+    @cached_property
+    def nats(self) -> float:
+        return math.fsum(text.nats for text in self.texts)
+
+    @cached_property
+    def words(self) -> int:
+        return sum(text.words for text in self.texts)
+
+    @cached_property
+    def tokens(self) -> int:
+        return sum(text.tokens for text in self.texts)
+
+    @property
+    def value(self) -> float:
+        """exp(nats / words); infinite where that is no number a computer holds."""
+        return math.exp(self.nats / self.words) if self.nats / self.words < 700 else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        value = self.value if math.isfinite(self.value) else None
+        return {
+            "perplexity": value,
+            "nats": self.nats,
+            "words": self.words,
+            "tokens": self.tokens,
+            "texts": len(self.texts),
+        }
+
+
+def perplexity_text(found: Perplexity) -> str:
+    """As people read it."""
+    return f"{found.value:,.2f}" if found.value < 1e6 else f"{found.value:.3g}"
+
+
+@torch.inference_mode()
+def word_perplexity(llm: LLM, texts: Sequence[str]) -> Perplexity:
+    """Perplexity a word of texts; those without a word count for nothing.
+
+    Only texts of as many tokens share a batch, so that there is no padding. The model is left in
+    the mode in which it is found.
+
+    Raises:
+        IsthmusError: there are no words, a text is longer than the model takes, or the tokenizer
+            has no end token.
+    """
+    tokenizer = llm.tokenizer
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise IsthmusError(
+            f"The tokenizer of {tokenizer.name_or_path} has no end token, with which the "
+            "perplexity of a text is counted. Set eos_token in its tokenizer_config.json."
+        )
+    start = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    texts = [text for text in texts if text.split()]
+    if not texts:
+        raise IsthmusError("There is no perplexity without words: all texts are empty.")
+    tokens = [[int(start), *plain_tokens(tokenizer, text), int(end)] for text in texts]
+    for text, ids in zip(texts, tokens, strict=True):
+        if llm.max_tokens is not None and len(ids) > llm.max_tokens:
+            raise IsthmusError(
+                f"The text {text[:60]!r} takes {len(ids)} positions, the language model has "
+                f"{llm.max_tokens}. Break it into shorter lines."
+            )
+    device = next(llm.parameters()).device
+    nats = [0.0] * len(texts)
+    training = llm.training
+    llm.eval()
+    try:
+        for batch in _batches([len(ids) for ids in tokens], llm):
+            found = _nats(llm, torch.tensor([tokens[place] for place in batch], device=device))
+            for place, value in zip(batch, found, strict=True):
+                nats[place] = value
+    finally:
+        llm.train(training)
+    return Perplexity(
+        tuple(
+            Likelihood(cost, len(text.split()), len(ids) - 1)
+            for cost, text, ids in zip(nats, texts, tokens, strict=True)
+        )
+    )
+
+
+def _batches(lengths: Sequence[int], llm: LLM) -> Iterator[list[int]]:
+    """Places of texts of equal length, as many together as LOGIT_BYTES allow."""
+    vocabulary = int(llm.network.config.get_text_config().vocab_size)
+    alike = defaultdict(list)
+    for place, length in enumerate(lengths):
+        alike[length].append(place)
+    for length, places in sorted(alike.items()):
+        size = max(1, LOGIT_BYTES // (4 * vocabulary * length))
+        yield from (places[first : first + size] for first in range(0, len(places), size))
+
+
+def _nats(llm: LLM, tokens: torch.Tensor) -> list[float]:
+    """Negative log-likelihood of each row of tokens (B, L), but for the first token."""
+    mask = torch.ones_like(tokens)
+    keep = torch.arange(tokens.shape[1] - 1, device=tokens.device)
+    logits = llm.logits(llm.embed(tokens), mask, keep)  # (B, L - 1, V)
+    targets = tokens[:, 1:].reshape(-1)
+    lost = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    sums: list[float] = lost.reshape(len(tokens), -1).double().sum(dim=1).tolist()
+    return sums
+
+
+def is_run(name: str) -> bool:
+    """Whether this names a run, not a language model."""
+    return name == DEFAULT or (Path(name) / RECIPE).is_file()
+
+
+def open_llm(name: str) -> LLM:
+    """The language model of that name or folder, or that of a run, trained as it is.
+
+    Raises IsthmusError.
+    """
+    if is_run(name):
+        return load_run(run_folder(name))[0].llm
+    return LLMSettings(path=name).build().to(choose_device()).eval()
+
+
+def texts_of(name: str, normaliser: str) -> list[str]:
+    """The normalised texts of a manifest or corpus, or the lines of a text file.
+
+    Raises IsthmusError for what cannot be read, and for an unknown normaliser.
+    """
+    normalise = find_normaliser(normaliser)
+    if is_corpus(name):
+        return [normalise(transcript(cut)) for cut in read_corpus(name)]
+    if not Path(name).is_file():
+        raise IsthmusError(f"No text {name!r}: neither a manifest nor a text file.")
+    return [normalise(text) for text in read_texts(name, role="reference").values()]

@@ -1,0 +1,300 @@
+"""What a recipe takes before anything is downloaded: sizes, memory, arithmetic, hours."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from isthmus.analysis.sizes import (
+    activation_bytes,
+    encoded_seconds,
+    frame_bytes,
+    mean_batch,
+    parameters,
+    sized_model,
+    token_count,
+    uses_cache,
+    weight_bytes,
+)
+from isthmus.errors import IsthmusError, suggest
+from isthmus.model.encoder import PairSettings, WhisperEncoder
+from isthmus.model.presets import PRESETS
+from isthmus.model.speech_llm import SpeechLLM
+from isthmus.recipe import Corpus, Recipe
+from isthmus.speech.corpora import read_corpus
+from isthmus.training.hardware import PEAKS
+
+HOURS = 960.0  # LibriSpeech ...
+MEAN_SECONDS = 12.3  # ... and its mean utterance
+LETTERS_A_SECOND = 14.4  # of read English, spaces among them
+ENGLISH = "the quick brown fox jumps over the lazy dog and runs back to the hills again "
+COUNTED_TEXTS = 1000  # transcripts whose tokens are counted
+WINDOW_SECONDS = 30.0
+OPTIMISER_BYTES = 12  # of a trained parameter: gradient and two moments of AdamW, in float32
+COMMON = {"A100": "A100 SXM4", "A800": "A800 SXM4", "V100": "V100 SXM2"}
+
+
+@dataclass(frozen=True)
+class Speech:
+    """What an epoch hears."""
+
+    hours: float
+    mean_seconds: float
+    mean_tokens: float  # of a transcript, its end among them
+    source: str
+
+    @property
+    def utterances(self) -> int:
+        return max(1, round(self.hours * 3600 / self.mean_seconds))
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """GPUs, and the share of their peak that training is thought to reach."""
+
+    gpu: str = "h200"
+    count: int = 1
+    mfu: float = 0.35
+
+    def flops_an_hour(self) -> float:
+        """Raises IsthmusError for a GPU without a known peak."""
+        name = self.gpu.upper()
+        name = COMMON.get(name, name)
+        if name not in PEAKS:
+            raise IsthmusError(
+                f"--gpu {self.gpu}: its peak is not known.{suggest(name, PEAKS)} Known: "
+                f"{', '.join(PEAKS)}."
+            )
+        return PEAKS[name] * 1e12 * 3600 * self.count * self.mfu
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the model."""
+
+    name: str
+    parameters: int  # Whisper's fixed positions are not among them
+    trained: int
+    weight_bytes: int  # as training holds them
+
+
+@dataclass(frozen=True)
+class Work:
+    """An epoch, or all steps."""
+
+    steps: int
+    tokens: int  # of transcripts
+    positions: int  # of the language model
+    flops: float
+    hours: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe takes."""
+
+    name: str
+    parts: dict[str, Part]  # encoder, projector, llm
+    llm_width: int
+    embeddings_per_second: float
+    speech: Speech
+    batch: float  # utterances of a batch, on the mean
+    memory: dict[str, int]  # bytes of each GPU: weights, optimiser, activations, total
+    cache: dict[str, float] | None  # bytes of a frozen encoder's frames, and hours to fill it
+    epoch: Work
+    run: Work
+    hardware: Hardware
+    notes: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        speech = asdict(self.speech) | {"utterances": self.speech.utterances}
+        return asdict(self) | {"speech": speech}
+
+    def lines(self) -> Iterator[str]:
+        """A table of the parts, and a line for each of the rest."""
+        yield from table(
+            ["", "parameters", "trained", "weights", ""],
+            [
+                [
+                    label,
+                    short(part.parameters),
+                    short(part.trained),
+                    gigabytes(part.weight_bytes),
+                    part.name,
+                ]
+                for label, part in self.parts.items()
+            ],
+        )
+        speech, memory, epoch = self.speech, self.memory, self.epoch
+        hardware = f"{self.hardware.count} x {self.hardware.gpu} at {self.hardware.mfu:.0%}"
+        facts = {
+            "llm width": f"{self.llm_width}",
+            "embeddings": f"{self.embeddings_per_second:.2f} a second of audio",
+            "data": f"{speech.hours:,.2f} h: {speech.utterances:,} utterances of "
+            f"{speech.mean_seconds:.1f} s, {speech.mean_tokens:.0f} tokens ({speech.source})",
+            "memory": f"{gigabytes(memory['total'])} of each GPU: weights "
+            f"{gigabytes(memory['weights'])}, optimiser {gigabytes(memory['optimiser'])}, "
+            f"activations about {gigabytes(memory['activations'])}",
+            "feature cache": f"{gigabytes(self.cache['bytes'])}, "
+            f"filled in {self.cache['hours']:.2f} h"
+            if self.cache
+            else "none: the encoder is trained",
+            "step": f"{self.batch:.1f} utterances a batch",
+            "epoch": f"{epoch.steps:,} steps, {epoch.tokens:,} tokens, "
+            f"{epoch.positions:,} positions, {epoch.flops:.2e} FLOP, {epoch.hours:.2f} h",
+            "run": f"{self.run.steps:,} steps, {self.run.flops:.2e} FLOP, "
+            f"{self.run.hours:.2f} h on {hardware} of the peak",
+        }
+        yield ""
+        yield from (f"{name:14} {text}" for name, text in facts.items())
+        yield from (f"note: {note}" for note in self.notes)
+
+
+def make_plan(
+    recipe: Recipe,
+    hardware: Hardware | None = None,
+    *,
+    hours: float | None = None,
+    mean_seconds: float | None = None,
+) -> Plan:
+    """What training by `recipe` takes; docs/plan.md has the formulas.
+
+    With `hours` or `mean_seconds` the data are read English in that amount, else what data.train
+    says, if it can be read here. Nothing is downloaded and no weight is read.
+    Raises IsthmusError for models that are not known offline, and for other GPUs.
+    """
+    hardware = hardware or Hardware()
+    an_hour = hardware.flops_an_hour()
+    with sized_model(recipe) as model:
+        speech = heard_speech(recipe, model.llm.tokenizer, hours, mean_seconds)
+        seconds, tokens = speech.mean_seconds, math.ceil(speech.mean_tokens)
+        positions = model.positions(seconds, tokens)
+        encoded = encoded_seconds(model.encoder, seconds)
+        flops = model.flops(positions, tokens, 0.0 if uses_cache(recipe) else encoded)
+        filling = model.flops(0, 0, encoded)
+        batch = mean_batch(recipe, seconds, positions)
+        activations = round(batch * activation_bytes(model, recipe, seconds, tokens))
+        parts = _parts(recipe, model, hardware)  # last: it quantises
+
+    def work(steps: int, utterances: float) -> Work:
+        total = flops * utterances
+        counted = round(speech.mean_tokens * utterances), round(positions * utterances)
+        return Work(steps, *counted, total, total / an_hour)
+
+    step = batch * recipe.train.accumulate * hardware.count
+    cache = {
+        "bytes": speech.utterances * frame_bytes(recipe, model.encoder, seconds),
+        "hours": speech.utterances * filling / an_hour,
+    }
+    return Plan(
+        name=recipe.name,
+        parts=parts,
+        llm_width=model.llm.dim,
+        embeddings_per_second=model.audio_tokens(WINDOW_SECONDS) / WINDOW_SECONDS,
+        speech=speech,
+        batch=batch,
+        memory=_memory(parts, activations),
+        cache=cache if recipe.encoder.tune == "frozen" else None,
+        epoch=work(math.ceil(speech.utterances / step), speech.utterances),
+        run=work(recipe.train.steps, recipe.train.steps * step),
+        hardware=hardware,
+        notes=list(_notes(recipe, model)),
+    )
+
+
+def heard_speech(
+    recipe: Recipe, tokenizer: Any, hours: float | None, mean_seconds: float | None
+) -> Speech:
+    """What data.train holds, or read English of so many hours in utterances of so many seconds."""
+    source = "read English is supposed"
+    if hours is None and mean_seconds is None and recipe.data.train:
+        try:
+            return _manifests(recipe, tokenizer)
+        except (IsthmusError, OSError):
+            source = "data.train cannot be read here: read English is supposed"
+    seconds = mean_seconds or MEAN_SECONDS
+    letters = round(seconds * LETTERS_A_SECOND)
+    text = (ENGLISH * (letters // len(ENGLISH) + 1))[:letters]
+    return Speech(hours or HOURS, seconds, token_count(tokenizer, [text]), source)
+
+
+def _manifests(recipe: Recipe, tokenizer: Any) -> Speech:
+    durations: list[float] = []
+    texts: list[str] = []
+    for entry in recipe.data.train:
+        corpus = Corpus(path=entry, repeat=1) if isinstance(entry, str) else entry
+        cuts = [
+            cut
+            for cut in read_corpus(corpus.path)
+            if cut.supervisions and 0 < cut.duration <= recipe.data.max_seconds
+        ]
+        durations += [float(cut.duration) for cut in cuts] * corpus.repeat
+        texts += [cut.supervisions[0].text or "" for cut in cuts]
+    if not durations:
+        raise IsthmusError("data.train holds nothing to train on.")
+    some = texts[:: math.ceil(len(texts) / COUNTED_TEXTS)]
+    seconds = sum(durations)
+    tokens = token_count(tokenizer, some)
+    return Speech(seconds / 3600, seconds / len(durations), tokens, "data.train")
+
+
+def _parts(recipe: Recipe, model: SpeechLLM, hardware: Hardware) -> dict[str, Part]:
+    counts = {name: parameters(part) for name, part in model.named_children()}
+    weights = weight_bytes(recipe, model)
+    if recipe.train.shard:
+        weights["llm"] //= hardware.count
+    names = {
+        "encoder": " + ".join(_encoder_names(recipe)),
+        "projector": recipe.projector.type,
+        "llm": recipe.llm.path,
+    }
+    return {name: Part(names[name], *counts[name], weights[name]) for name in names}
+
+
+def _memory(parts: dict[str, Part], activations: int) -> dict[str, int]:
+    memory = {
+        "weights": sum(part.weight_bytes for part in parts.values()),
+        "optimiser": OPTIMISER_BYTES * sum(part.trained for part in parts.values()),
+        "activations": activations,
+    }
+    return memory | {"total": sum(memory.values())}
+
+
+def _encoder_names(recipe: Recipe) -> list[str]:
+    encoder = recipe.encoder
+    each = [encoder.first, encoder.second] if isinstance(encoder, PairSettings) else [encoder]
+    return [str(getattr(one, "path", one.type)) for one in each]
+
+
+def _notes(recipe: Recipe, model: SpeechLLM) -> Iterator[str]:
+    if any(isinstance(part, WhisperEncoder) for part in model.encoder.modules()):
+        yield "Whisper's fixed sinusoidal positions are no parameters here, but they are weights."
+    if recipe.llm.path in PRESETS:
+        yield f"{recipe.llm.path}: its tokenizer is not here; a token for every 4 letters."
+    for path in _encoder_names(recipe):
+        if path in PRESETS and PRESETS[path].note:
+            yield f"{path}: {PRESETS[path].note}."
+    if recipe.train.precision == "float32":
+        yield "hours are those of train.precision: bfloat16; this recipe's float32 takes longer."
+    if recipe.data.feature_cache != "none" and not uses_cache(recipe):
+        yield "data.feature_cache is off: the audio, or the encoder, changes."
+
+
+def table(heads: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Columns of text: the first to the left, numbers to the right, the last as it comes."""
+    lines = [heads, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(heads) - 1)]
+    for first, *middle, last in lines:
+        cells = [f"{cell:>{width}}" for cell, width in zip(middle, widths[1:], strict=True)]
+        yield "  ".join([f"{first:{widths[0]}}", *cells, last]).rstrip()
+
+
+def short(count: int) -> str:
+    """A number of parameters as papers write it: 17.31M, 6.74B."""
+    if count < 10_000:
+        return str(count)
+    return f"{count / 1e9:.2f}B" if count >= 1e9 else f"{count / 1e6:.2f}M"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / 1e9:,.2f} GB" if count >= 1e8 else f"{count / 1e6:,.2f} MB"

@@ -1,0 +1,318 @@
+"""A sweep: the experiments behind one table or figure of a paper, as one file.
+
+It has scales: `paper` as the authors did it, `tiny` with models that train in minutes anywhere. A
+row is a base recipe with settings changed. `${SWEEP}` in it stands for the folder of the scale,
+where what all sweeps share lies: speech/NAME, models/NAME/model, and the runs.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field, model_validator
+
+from isthmus.errors import IsthmusError, suggest
+from isthmus.model.parts import PartSettings, PretrainedSettings
+from isthmus.recipe import (
+    CTCRecipe,
+    DataSettings,
+    Experiment,
+    LanguageRecipe,
+    Recipe,
+    checked_settings,
+)
+from isthmus.recipe_files import parse_yaml, read_recipe
+from isthmus.speech.utterances import expand_path, find_corpus
+
+SWEEP = "${SWEEP}"
+PARTS = ("encoder", "llm")  # that are loaded from a path
+
+AnyExperiment = TypeVar("AnyExperiment", bound=Experiment)
+
+
+class Row(PartSettings):
+    """One run of a sweep, and what the paper has for it."""
+
+    name: str
+    recipe: str | None = None
+    """Another base than the scale's."""
+    set: dict[str, Any] = Field({})
+    """Settings of the base to change, by dotted keys."""
+    expected: dict[str, float] = Field({})
+    """The paper's WER in percent, by test set."""
+    printed: dict[str, str] = Field({})
+    """Other figures of the paper, to be shown as they are."""
+
+
+class Claim(PartSettings):
+    """What the paper concluded from two rows: fewer errors, or an earlier emergence."""
+
+    says: str
+    lower: str | None = None
+    earlier: str | None = None
+    than: str
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Claim":
+        if (self.lower is None) == (self.earlier is None):
+            raise ValueError("give one of lower and earlier, the name of a row")
+        return self
+
+    @property
+    def row(self) -> str:
+        """The one that is said to be better."""
+        return self.lower or self.earlier or ""
+
+
+class Speech(PartSettings):
+    """A synthetic corpus (isthmus.speech.synthesis)."""
+
+    utterances: int = Field(ge=1)
+    seed: int = Field(ge=0)
+    domains: dict[str, float] | None = None
+    held_out: bool = False
+
+
+class Model(PartSettings):
+    """A model that a sweep pretrains."""
+
+    recipe: str
+    set: dict[str, Any] = Field({})
+    """Settings of the recipe to change."""
+
+
+class Scale(PartSettings):
+    """The runs of a sweep at one size."""
+
+    recipe: str
+    """The base of its rows: a file, or the name of a shipped recipe."""
+    set: dict[str, Any] = Field({})
+    """Settings of the base to change in all rows."""
+    test: dict[str, str] = Field(min_length=1)
+    """Corpora that each run is tested on, by name."""
+    rows: tuple[Row, ...] = Field(min_length=1)
+    against: str | None = None
+    """The row that all are compared with; the first unless given."""
+    speech: dict[str, Speech] = Field({})
+    models: dict[str, Model | str] = Field({})
+    """Recipes of pretraining, by the name of the model; a later one may start from an earlier."""
+    claims: tuple[Claim, ...] = ()
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> "Scale":
+        names = [row.name for row in self.rows]
+        if len({*names}) < len(names):
+            raise ValueError(f"two rows of {', '.join(names)} have one name")
+        named = [self.against] if self.against else []
+        for claim in self.claims:
+            named += [claim.row, claim.than]
+        for row in self.rows:
+            for one in row.expected.keys() - self.test:
+                raise ValueError(f"row {row.name!r} expects {one!r}, which is not under test")
+        for name in named:
+            if name not in names:
+                raise ValueError(f"no row {name!r}.{suggest(name, names)}")
+        return self
+
+
+class Sweep(PartSettings):
+    """One table or figure."""
+
+    title: str
+    source: str
+    """Where the expected figures are from."""
+    scales: dict[Literal["paper", "tiny"], Scale] = Field(min_length=1)
+    figure: Literal["accuracy"] | None = None
+    """Also draw next-token accuracy against training step."""
+    measure: tuple[Literal["perplexity"], ...] = ()
+    """perplexity: the LLM's, a word of the test transcripts."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a row comes to: equal runs of all sweeps of a scale are one."""
+
+    row: Row
+    recipe: Recipe  # with ${SWEEP} in it
+    test: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """A folder name, of what is joined and a checksum of everything."""
+        # Defaults are left out: what a later version adds does not part old runs from their rows.
+        values = self.recipe.model_dump(mode="json")
+        kinds = {k: v.get("type", v.get("template")) for k, v in values.items() if type(v) is dict}
+        changed = self.recipe.model_dump(mode="json", exclude_defaults=True)
+        key = json.dumps([kinds, changed, dict(self.test)], sort_keys=True)
+        parts = [_short(part) for part in (self.recipe.encoder, self.recipe.llm)]
+        words = re.sub(r"[^\w.-]+", "-", "_".join(parts))
+        return f"{words}_{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+
+
+def _short(part: PartSettings) -> str:
+    if not isinstance(part, PretrainedSettings):
+        return str(getattr(part, "type", ""))
+    words = [word for word in part.path.split("/") if word not in ("", "model")]
+    return words[-1] if words else part.path
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What is made before runs, for all sweeps of a scale; models in the order of their making."""
+
+    speech: Mapping[str, Speech]
+    models: Mapping[str, CTCRecipe | LanguageRecipe]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep at one scale, in a folder."""
+
+    name: str
+    sweep: Sweep
+    scale: Scale
+    folder: Path  # of the scale: ${SWEEP}
+    runs: tuple[Run, ...]
+
+    def chosen(self, only: Collection[str]) -> list[Run]:
+        """The runs of these rows, or of all. Raises IsthmusError for an unknown row."""
+        names = [run.row.name for run in self.runs]
+        for name in only:
+            if name not in names:
+                raise IsthmusError(
+                    f"{self.name} has no row {name!r}.{suggest(name, names)} Rows: "
+                    f"{', '.join(names)}."
+                )
+        return [run for run in self.runs if not only or run.row.name in only]
+
+    def run_folder(self, run: Run) -> Path:
+        return self.folder / "runs" / run.name
+
+    def state_folder(self, name: str) -> Path:
+        """For locks and faults: a run's own folder holds nothing but the run."""
+        return self.folder / "state" / name
+
+    def expanded(self, experiment: AnyExperiment) -> AnyExperiment:
+        """With this folder for `${SWEEP}`, and variables in the paths of models replaced.
+
+        Those in corpora are replaced when they are read. Raises IsthmusError for an unset one.
+        """
+        text = json.dumps(experiment.model_dump(mode="json"))
+        values = json.loads(text.replace(SWEEP, json.dumps(str(self.folder))[1:-1]))
+        for part, key in ((values, "start_from"), *((values.get(n, {}), "path") for n in PARTS)):
+            if "$" in (part.get(key) or ""):
+                part[key] = str(expand_path(part[key]))
+        return type(experiment).model_validate(values)
+
+    def shared(self, runs: Sequence[Run]) -> "Shared":
+        """The corpora and models that these runs want made."""
+        text = json.dumps([[run.recipe.model_dump(mode="json"), dict(run.test)] for run in runs])
+        models = {}
+        for name, model in reversed(self.scale.models.items()):
+            if _mentions(text, "models", name):
+                models[name] = pretraining(model)
+                text += json.dumps(models[name].model_dump(mode="json"))
+        speech = {n: s for n, s in self.scale.speech.items() if _mentions(text, "speech", n)}
+        return Shared(speech, dict(reversed(models.items())))
+
+    def corpora(self, runs: Sequence[Run]) -> list[str]:
+        """All that is trained, validated and tested on, but for what the sweep makes."""
+        pretrained = [
+            one for one in self.shared(runs).models.values() if isinstance(one, CTCRecipe)
+        ]
+        data: list[DataSettings] = [one.data for one in pretrained]
+        data += [run.recipe.data for run in runs]
+        entries = [entry for one in data for entry in (*one.train, *one.dev)]
+        named = [entry if isinstance(entry, str) else entry.path for entry in entries]
+        named += self.scale.test.values()
+        return [name for name in dict.fromkeys(named) if SWEEP not in name]
+
+    def check_data(self, runs: Sequence[Run]) -> None:
+        """Raise IsthmusError, with a remedy, for corpora that are not there."""
+        faults: dict[str, str] = {}
+        for name in self.corpora(runs):
+            try:
+                find_corpus(name)
+            except IsthmusError as error:
+                unset = re.search(r"variable (\w+) is not set", str(error))
+                faults.setdefault(unset[1] if unset else name, f"  {error}")
+        if faults:
+            raise IsthmusError(
+                "\n".join([f"{self.name} needs speech that is not there:", *faults.values()])
+                + "\nMake manifests of a corpus with `isthmus prepare`, and let the variable name "
+                "their folder."
+            )
+
+
+def _mentions(text: str, kind: str, name: str) -> bool:
+    return bool(re.search(rf"\$\{{SWEEP\}}/{kind}/{re.escape(name)}(?![\w.-])", text))
+
+
+def make_plan(name: str, scale: str, folder: Path) -> Plan:
+    """Read a sweep, by file or shipped name, and the recipes of its rows; nothing else is touched.
+
+    Raises IsthmusError for a sweep, a scale or a setting that does not exist.
+    """
+    file = find_sweep(name)
+    values = parse_yaml(file.read_text(encoding="utf-8"))
+    sweep = checked_settings(Sweep, values, f"{file} is not a valid sweep")
+    known = {str(key): value for key, value in sweep.scales.items()}
+    if scale not in known:
+        raise IsthmusError(f"{name} has no scale {scale!r}. It has: {', '.join(known)}.")
+    chosen = known[scale]
+    runs = []
+    for row in chosen.rows:
+        changes = _overrides({**chosen.set, **row.set})
+        base, settings = read_recipe(row.recipe or chosen.recipe, changes)
+        fault = f"{file}, row {row.name!r}: {base} so changed is not a valid recipe"
+        runs.append(Run(row, checked_settings(Recipe, settings, fault), chosen.test))
+    return Plan(file.stem, sweep, chosen, folder.absolute() / scale, tuple(runs))
+
+
+def pretraining(model: Model | str) -> CTCRecipe | LanguageRecipe:
+    """A recipe of either kind; only speech has `data`."""
+    chosen = Model(recipe=model) if isinstance(model, str) else model
+    file, values = read_recipe(chosen.recipe, _overrides(chosen.set))
+    kind: type[CTCRecipe | LanguageRecipe] = CTCRecipe if "data" in values else LanguageRecipe
+    return checked_settings(kind, values, f"{file} is not a valid recipe")
+
+
+def _overrides(changes: Mapping[str, Any]) -> list[str]:
+    return [f"{key}={json.dumps(value)}" for key, value in changes.items()]  # JSON is YAML
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Sweeps that come with isthmus, by name such as `t4`."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "sweeps", package.parent.parent / "sweeps"):
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_sweep(name: str) -> Path:
+    """The file `name`, or the shipped sweep of that name."""
+    shipped = shipped_sweeps()
+    short = name.removeprefix("sweeps/").removesuffix(".yaml")
+    if Path(name).is_file():
+        return Path(name)
+    if short in shipped:
+        return shipped[short]
+    raise IsthmusError(
+        f"No sweep {name!r}: neither a file nor shipped.{suggest(short, shipped)} Shipped: "
+        f"{', '.join(shipped)}."
+    )
+
+
+def sweep_titles() -> dict[str, dict[str, Any]]:
+    """Title, source and scales of each shipped sweep."""
+    found = {}
+    for name, file in shipped_sweeps().items():
+        values = parse_yaml(file.read_text(encoding="utf-8"))
+        sweep = checked_settings(Sweep, values, f"{file} is not a valid sweep")
+        found[name] = {"title": sweep.title, "source": sweep.source, "scales": list(sweep.scales)}
+    return found

@@ -1,0 +1,99 @@
+"""The CTC compressor: what the encoder's own CTC head hears as one becomes one embedding.
+
+Shapes: B batch, T encoder frames, A audio embeddings, D encoder width, E LLM width.
+"""
+
+import warnings
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isthmus.errors import IsthmusError
+from isthmus.model.encoder import CTCHead, Encoder, EncoderSettings
+from isthmus.model.llm import LLM
+from isthmus.model.projector_base import Projector, ProjectorBase
+
+Mode = Literal["average", "drop"]
+
+
+class CTCProjector(Projector):
+    """The mean of frames of one label, or the frames without blanks; then Linear, ReLU, Linear.
+
+    SpeechLLaMA (arXiv 2307.03917), section 3.1. Labels are the best path of the encoder's CTC head.
+    Each utterance is read alone, so that no company rounds its path to another. Nothing but
+    blanks gives one embedding, their mean.
+    """
+
+    exact = False
+
+    def __init__(self, head: CTCHead, dims: tuple[int, int], hidden: int, mode: Mode):
+        super().__init__()
+        encoder_dim, llm_dim = dims
+        self._head = (head,)  # in a tuple: it stays the encoder's and is no part of this
+        self.mode = mode
+        self.linear1 = nn.Linear(encoder_dim, hidden)
+        self.linear2 = nn.Linear(hidden, llm_dim)
+
+    def output_length(self, num_frames: int) -> int:
+        """At most: one for every frame."""
+        return num_frames
+
+    def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        rows = zip(frames, num_frames.tolist(), strict=True)
+        found = [self._compress(row[:length]) for row, length in rows]
+        lengths = torch.tensor([len(row) for row in found], device=frames.device)
+        heard = nn.utils.rnn.pad_sequence(found, batch_first=True)  # (B, A, D)
+        return self.linear2(torch.relu(self.linear1(heard))), lengths
+
+    def _compress(self, frames: Tensor) -> Tensor:
+        """An utterance's frames (T, D) to fewer (A, D)."""
+        if len(frames) == 0:
+            return frames
+        (head,) = self._head
+        path = self._best_path(frames)
+        spoken = path != head.blank
+        if self.mode == "drop" and bool(spoken.any()):
+            return frames[spoken]
+        counts = path.unique_consecutive(return_counts=True)[1]
+        return torch.segment_reduce(frames, "mean", lengths=counts)
+
+    @torch.no_grad()
+    def _best_path(self, frames: Tensor) -> Tensor:
+        """The likeliest label of each frame (T, D): (T,)."""
+        (head,) = self._head
+        with torch.autocast(frames.device.type, enabled=False):
+            dtype = next(head.parameters()).dtype
+            return head.log_probs(frames[None].to(dtype))[0].argmax(dim=1)
+
+
+class CTCProjectorSettings(ProjectorBase):
+    """The CTC compressor; for an encoder with a CTC head."""
+
+    type: Literal["ctc"] = "ctc"
+    mode: Mode = "average"
+    """Average the frames of one label, or drop those of the blank."""
+    hidden: int = Field(2048, ge=1)
+
+    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
+        self._head(encoder)
+        if settings.tune != "frozen":
+            warnings.warn(
+                f"encoder.tune is {settings.tune}: its CTC head, which projector.type ctc listens "
+                "to, is not trained with it and will understand its frames less and less.",
+                stacklevel=2,
+            )
+
+    def build(self, encoder: Encoder, llm: LLM) -> CTCProjector:
+        return CTCProjector(self._head(encoder), (encoder.dim, llm.dim), self.hidden, self.mode)
+
+    def _head(self, encoder: Encoder) -> CTCHead:
+        head = encoder.ctc_head
+        if head is None:
+            raise IsthmusError(
+                "projector.type is 'ctc', but this encoder has no CTC head to listen to. Take an "
+                "encoder of `isthmus pretrain-ctc` or a Parakeet CTC model (encoder.type: "
+                "conformer), or another projector.type."
+            )
+        return head

@@ -1,0 +1,114 @@
+"""The Q-Former: learnt queries that attend to windows of frames.
+
+Shapes: B batch, T encoder frames, W windows, M frames of a window, Q queries, A = W Q audio
+embeddings, D encoder width, H hidden width, E LLM width.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from isthmus.errors import IsthmusError
+from isthmus.model.encoder import Encoder, EncoderSettings
+from isthmus.model.llm import LLM
+from isthmus.model.projector_base import Projector, ProjectorBase, check_heads, within
+
+SEGMENTS = 64  # that have a position of their own; those behind share the last
+
+
+class QFormer(Projector):
+    """In every window, queries attend to each other and to the frames, layer by layer; then Linear.
+
+    With short windows and one query it is that of SALMONN (arXiv 2310.13289, section 3.1), with
+    long ones and many queries that of Yu et al. (arXiv 2309.13963), where a learnt embedding tells
+    the frames of one segment from those of the next. A short last window counts as one.
+    """
+
+    def __init__(self, encoder_dim: int, llm_dim: int, window: int, settings: "QFormerSettings"):
+        super().__init__()
+        self.window = window
+        hidden = settings.hidden
+        self.norm = nn.LayerNorm(encoder_dim)
+        self.queries = nn.Parameter(0.02 * torch.randn(settings.queries, hidden))
+        self.segments = nn.Embedding(SEGMENTS, encoder_dim) if settings.segment_positions else None
+        if self.segments is not None:
+            nn.init.normal_(self.segments.weight, std=0.02)
+        self.layers = nn.ModuleList(
+            _layer(encoder_dim, hidden, settings.heads) for _ in range(settings.layers)
+        )
+        self.linear = nn.Linear(hidden, llm_dim)
+
+    def output_length(self, num_frames: int) -> int:
+        return -(-num_frames // self.window) * len(self.queries)
+
+    def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = -(-num_frames // self.window) * len(self.queries)
+        batch, longest, dim = frames.shape
+        size = min(self.window, longest)  # nothing to be gained by padding what is shorter
+        if size == 0:
+            return frames.new_zeros(batch, 0, self.linear.out_features), lengths
+        count = -(-longest // size)
+        windows = nn.functional.pad(self.norm(frames), (0, 0, 0, count * size - longest))
+        windows = windows.view(batch, count, size, dim)
+        if self.segments is not None:
+            places = torch.arange(count, device=frames.device).clamp(max=SEGMENTS - 1)
+            windows = windows + self.segments(places)[:, None]
+        starts = size * torch.arange(count, device=frames.device)
+        filled = (num_frames[:, None] - starts).flatten()  # (B W,) frames of each window
+        padding = ~within(filled, size)
+        hidden = self.queries.expand(batch * count, -1, -1)  # (B W, Q, H)
+        for layer in self.layers:
+            hidden = layer(hidden, windows.flatten(0, 1), memory_key_padding_mask=padding)
+        return self.linear(hidden.reshape(batch, -1, hidden.shape[2])), lengths
+
+
+class QFormerSettings(ProjectorBase):
+    """Learnt queries that attend to windows of frames."""
+
+    type: Literal["qformer"] = "qformer"
+    layers: int = Field(2, ge=1)
+    heads: int = Field(12, ge=1)
+    hidden: int = Field(768, ge=1)
+    """Width of the queries; that of the feed-forward layers is four times as much."""
+    queries: int = Field(1, ge=1)
+    """Audio embeddings of a window."""
+    window_seconds: float = Field(0.33, gt=0)
+    """Length of a window, rounded to whole frames."""
+    segment_positions: bool = False
+    """A learnt embedding for each window's frames, for long windows."""
+
+    @model_validator(mode="after")
+    def _shared_out(self) -> "QFormerSettings":
+        check_heads(self.hidden, self.heads)
+        return self
+
+    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
+        self._window(encoder)
+
+    def build(self, encoder: Encoder, llm: LLM) -> QFormer:
+        return QFormer(encoder.dim, llm.dim, self._window(encoder), self)
+
+    def _window(self, encoder: Encoder) -> int:
+        """Frames of a window."""
+        frame, limit = 1 / encoder.frame_rate, encoder.max_seconds
+        if self.window_seconds < frame:
+            fault = f"shorter than a frame of this encoder ({frame:g} s)"
+        elif limit is not None and self.window_seconds > limit:
+            fault = f"longer than this encoder hears ({limit:g} s)"
+        else:
+            return int(self.window_seconds / frame + 0.5)
+        raise IsthmusError(
+            f"projector.window_seconds is {self.window_seconds:g}, {fault}. "
+            f"Take one from {frame:g} to {limit or 30.0:g} s."
+        )
+
+
+def _layer(encoder_dim: int, hidden: int, heads: int) -> nn.TransformerDecoderLayer:
+    """A layer of BERT with attention to frames that are as wide as the encoder makes them."""
+    layer = nn.TransformerDecoderLayer(hidden, heads, 4 * hidden, 0.0, "gelu", batch_first=True)
+    layer.multihead_attn = nn.MultiheadAttention(
+        hidden, heads, kdim=encoder_dim, vdim=encoder_dim, batch_first=True
+    )
+    return layer

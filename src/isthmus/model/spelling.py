@@ -1,0 +1,97 @@
+"""Spelling units of CTC: letters, or sentence pieces learnt from the texts.
+
+To add a kind: a settings class here with `tokenizer`, and its name in UnitSettings below.
+"""
+
+import json
+from collections.abc import Iterable
+from typing import Any, Literal
+
+from pydantic import Field
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from isthmus.errors import IsthmusError
+from isthmus.model.parts import PartSettings
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz' "
+BLANK, UNKNOWN = "<blank>", "<unk>"
+WORD_BORDER = "\u2581"  # stands for the space before a word in sentence pieces
+
+
+class LetterUnits(PartSettings):
+    """Single letters."""
+
+    type: Literal["letters"] = "letters"
+    letters: str = Field(LETTERS, min_length=1)
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        """Needs no texts."""
+        return letter_tokenizer(self.letters)
+
+
+class SentencePieceUnits(PartSettings):
+    """Pieces of words by a unigram model (Kudo 2018, arXiv 1804.10959) of the training texts."""
+
+    type: Literal["sentencepiece"]
+    size: int = Field(500, ge=3)
+    """Units at most, blank and unknown among them; few texts give fewer."""
+
+    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+        """Raises IsthmusError where there are more letters than units.
+
+        The same texts give the same units as far as no two candidates are equally good: which of
+        these is left out is chance.
+        """
+        texts = list(texts)
+        letters = {letter for text in texts for letter in text if not letter.isspace()}
+        needed = len(letters) + 3  # blank, unknown, the border of words
+        if needed > self.size:
+            raise IsthmusError(
+                f"units.size is {self.size}, but the texts have {len(letters)} letters, which need "
+                f"{needed} units. Raise it, or clean the texts."
+            )
+        tokenizer = Tokenizer(models.Unigram())
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=self.size,
+            special_tokens=[BLANK, UNKNOWN],
+            unk_token=UNKNOWN,
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+        return for_ctc(_in_order(tokenizer))
+
+
+def _in_order(tokenizer: Tokenizer) -> Tokenizer:
+    """The same pieces in an order, and with scores, that do not hang on threads and chance."""
+    values = json.loads(tokenizer.to_str())
+    special, pieces = values["model"]["vocab"][:2], values["model"]["vocab"][2:]
+    rounded = sorted((-round(score, 6), piece) for piece, score in pieces)
+    values["model"]["vocab"] = [*special, *([piece, -score] for score, piece in rounded)]
+    return Tokenizer.from_str(json.dumps(values))
+
+
+UnitSettings = LetterUnits | SentencePieceUnits
+
+
+def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:
+    """Spelling units for CTC: single letters, and the blank as the padding token."""
+    vocabulary = {BLANK: 0, UNKNOWN: 1} | {letter: 2 + i for i, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return for_ctc(tokenizer)
+
+
+def for_ctc(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    """A tokenizer whose padding is the blank."""
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=BLANK, unk_token=UNKNOWN)
+
+
+def letters_known(tokenizer: Any) -> set[str]:
+    """The letters that units spell, white space too where words are parted by a border."""
+    units = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
+    letters = {letter for unit in units for letter in unit}
+    return letters | {" "} if WORD_BORDER in letters else letters

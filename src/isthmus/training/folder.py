@@ -1,0 +1,61 @@
+"""What can be said of a run folder without torch: where it lies, and whether we can read it."""
+
+import re
+from importlib.metadata import version
+from pathlib import Path
+
+from isthmus.errors import IsthmusError
+from isthmus.files import read_json
+
+RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+DEFAULT = "default"  # the run that ships
+SHIPPED_RUN = Path(__file__).resolve().parent.parent / "assets" / DEFAULT
+
+
+def local_run(run: str | Path) -> Path | None:
+    """The folder of a run, checked; None for `owner/name`, which the hub may have.
+
+    Raises IsthmusError for what is no run folder, or one that a newer isthmus wrote.
+    """
+    if str(run) == DEFAULT:
+        return SHIPPED_RUN
+    folder = Path(run)
+    if folder.is_dir():
+        check_run(folder)
+        return folder
+    of_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", str(run)) and not folder.parent.is_dir()
+    if of_hub and not str(run).startswith("runs/"):
+        return None
+    raise IsthmusError(
+        f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`."
+    )
+
+
+def check_run(folder: Path) -> None:
+    """Raise IsthmusError unless this is a run folder, and of no newer isthmus than this."""
+    if not (folder / RECIPE).is_file():
+        raise IsthmusError(
+            f"{folder} is no run folder: it has no {RECIPE}. Name one that `isthmus train` made."
+        )
+    writer = written_by(folder)
+    if writer is not None and _release(writer) > _release(version("isthmus")):
+        raise IsthmusError(f"{folder} cannot be read:{versions(folder)} Install that one.")
+
+
+def written_by(folder: Path) -> str | None:
+    """The version of isthmus that last trained in a run folder, where it says so."""
+    file = folder / ENVIRONMENT
+    found = read_json(file) if file.exists() else None
+    return str(found["isthmus"]) if isinstance(found, dict) and "isthmus" in found else None
+
+
+def versions(folder: Path) -> str:
+    """` It was written by isthmus 2.0, this is 1.0.`, or nothing where the folder does not say."""
+    writer = written_by(folder)
+    return f" It was written by isthmus {writer}, this is {version('isthmus')}." if writer else ""
+
+
+def _release(name: str) -> tuple[int, ...]:
+    """The numbers of a version, without what marks it as one before or after the release."""
+    numbers = re.match(r"\d+(?:\.\d+)*", name)
+    return tuple(map(int, numbers[0].split("."))) if numbers else ()

@@ -1,0 +1,313 @@
+"""What CTC adds in the search is the sum over all of its alignments, whatever the tokens."""
+
+import itertools
+import math
+import os
+from collections import defaultdict
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from isthmus.decoding import joint as module
+from isthmus.decoding.beam import SearchOptions, beam_search
+from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, CTCSpelling
+from isthmus.decoding.timestamps import FLOOR, CTCModel
+from isthmus.decoding.transcriber import Speech, Transcriber, load
+from isthmus.errors import IsthmusError
+from isthmus.model.conformer import letter_tokenizer
+from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
+from isthmus.recipe import Recipe, change_settings
+from isthmus.scoring import score
+from isthmus.speech.corpora import read_corpus
+from isthmus.training.batches import transcript
+
+END = 2
+BLANK = 0
+LETTERS = letter_tokenizer("ab ")  # blank, unknown, a, b, space
+TEXTS = ["", "a", "b", "ab", "aa", "a b", "aab", "ab a", "b a b", "aaa", "b b"]
+SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", "absent"))
+
+
+def pieces(*names: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of words and parts of words, as SentencePiece's; spaces belong to words."""
+    every = ["<blank>", "<unk>", *dict.fromkeys([*"▁abc7.", *names])]
+    merges = [(name[:-1], name[-1]) for name in names]
+    tokenizer = Tokenizer(models.BPE({n: i for i, n in enumerate(every)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<blank>", unk_token="<unk>"
+    )
+
+
+def of_bytes() -> PreTrainedTokenizerFast:
+    """A token for each byte, as where a byte-level tokenizer knows no better."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+TOKENIZERS: dict[str, Callable[[], Any]] = {
+    "characters": character_tokenizer,
+    "words": lambda: pieces("▁a", "▁ab", "ab", "▁b"),
+    "bytes": of_bytes,
+}
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request: pytest.FixtureRequest) -> Any:
+    return TOKENIZERS[request.param]()
+
+
+def posteriors(num_frames: int, num_units: int = 5, seed: int = 0) -> Tensor:
+    """Log-probabilities (T, V) of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.randn(num_frames, num_units, generator=generator)).double().log_softmax(dim=1)
+
+
+def spelling(tokenizer: Any, units: Any = LETTERS) -> CTCSpelling:
+    ctc = SimpleNamespace(tokenizer=units, blank=units.pad_token_id)
+    return CTCSpelling(tokenizer, cast(CTCModel, ctc))
+
+
+def said(scorer: CTCPrefixScorer, text: str, utterance: int = 0) -> tuple[float, float]:
+    """What a scorer adds in all, asked as the search asks: before the end, and with it."""
+    added, states = 0.0, [scorer.start(utterance)]
+    other = scorer.start(utterance)  # a hypothesis beside it
+    for token in scorer.spelling.encode(text):
+        asked = torch.tensor([[token, 3, token], [4, token, 3]])
+        added += float(scorer.score([*states, other], asked)[0, 2])
+        states = scorer.extend([*states, other], [token, 5])[:1]
+    return added, added + float(scorer.finish([*states, other])[0])
+
+
+@lru_cache(1)
+def alignments(seed: int) -> dict[tuple[int, ...], float]:
+    """Probability of each sequence of units, from every path there is."""
+    rows, found = posteriors(6, seed=seed).tolist(), defaultdict[tuple[int, ...], float](float)
+    for path in itertools.product(range(5), repeat=len(rows)):
+        units = tuple(unit for unit, _ in itertools.groupby(path) if unit != BLANK)
+        found[units] += math.exp(sum(row[unit] for row, unit in zip(rows, path, strict=True)))
+    return found
+
+
+def units_of(text: str) -> tuple[int, ...]:
+    return tuple(LETTERS(text)["input_ids"])
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_it_is_the_sum_over_all_alignments(tokenizer: Any, seed: int) -> None:
+    scorer = CTCPrefixScorer(spelling(tokenizer), [posteriors(6, seed=seed)], weight=0.5)
+    every = alignments(seed)
+    for text in TEXTS:
+        units = units_of(text)
+        begun = sum(p for path, p in every.items() if path[: len(units)] == units)
+        assert said(scorer, text) == pytest.approx(
+            (0.5 * math.log(begun), 0.5 * math.log(every[units])), abs=1e-6
+        )
+
+
+def test_a_long_text_has_what_torch_gives_it() -> None:
+    log_probs = posteriors(300, num_units=30)
+    text = "all that is said to be so is not so for all who hear"
+    units = letter_tokenizer()
+    scorer = CTCPrefixScorer(spelling(character_tokenizer(), units), [log_probs], weight=1.0)
+    target = torch.tensor([units(text)["input_ids"]])
+    loss = torch.nn.functional.ctc_loss(
+        log_probs[:, None],
+        target,
+        torch.tensor([300]),
+        torch.tensor([len(text)]),
+        BLANK,
+        "sum",
+    )
+    assert said(scorer, text)[1] == pytest.approx(-float(loss), abs=1e-5)
+
+
+def test_beginnings_share_what_their_beginning_has() -> None:
+    """The probability of a prefix is that of the text itself and of all that may follow."""
+    scorer = CTCPrefixScorer(spelling(character_tokenizer()), [posteriors(40)], weight=1.0)
+    for text in ("", "a", "ab", "a b"):
+        # no text asks for the unknown unit, but CTC may spell it
+        state = scorer.start(0)
+        for token in scorer.spelling.encode(text):
+            [state] = scorer.extend([state], [token])
+        following = [module.Step((unit,), 0, False) for unit in range(1, 5)]
+        shares = scorer._prefixes([state] * 4, following).exp().sum()
+        whole = (scorer.finish([state]) + state.prefix).exp()
+        assert float(shares + whole) == pytest.approx(math.exp(state.prefix), rel=1e-9)
+
+
+def test_company_changes_nothing() -> None:
+    short, long, texts = posteriors(9), posteriors(30, seed=1), [*TEXTS, "abababababab", "aaaaaaa"]
+    speller = spelling(character_tokenizer())
+    alone = CTCPrefixScorer(speller, [short], weight=0.3)
+    together = CTCPrefixScorer(speller, [long, short], weight=0.3)
+    for text in texts:
+        assert said(together, text, utterance=1) == pytest.approx(said(alone, text), abs=1e-9)
+
+
+def test_a_text_with_too_few_frames_goes_on() -> None:
+    scorer = CTCPrefixScorer(spelling(character_tokenizer()), [posteriors(3)], weight=1.0)
+    assert said(scorer, "abab") == (FLOOR, FLOOR)
+    assert said(scorer, "ababab") == (FLOOR, FLOOR)
+    assert said(scorer, "aab")[1] == FLOOR  # it needs a blank between
+    assert said(scorer, "bab")[1] > FLOOR
+
+
+@pytest.mark.parametrize(
+    ("text", "spelled", "runs"),
+    [
+        ("a b.", "a b", 0),
+        ("A. - B!", "a b", 0),
+        ("a 77 b 7", "a b", 2),
+        ("a7b", "ab", 1),
+        ("ä b", "a b", 0),
+        ("  a \n b  ", "a b", 0),
+        ("...", "", 0),
+        ("中文", "", 1),
+        ("a 🎉 b", "a b", 0),
+    ],
+)
+def test_what_cannot_be_spelled(text: str, spelled: str, runs: int) -> None:
+    scorer = CTCPrefixScorer(spelling(of_bytes()), [posteriors(9)], weight=0.5)
+    plain = said(scorer, spelled)
+    # letter by letter each digit is a run of its own
+    runs = sum(map(str.isdigit, text)) or len(text) * runs
+    cost = 0.5 * UNSPELLABLE * runs
+    assert said(scorer, text) == pytest.approx([one + cost for one in plain], abs=1e-9)
+
+
+def test_units_of_several_letters_are_spelled_by_whole_words(tokenizer: Any) -> None:
+    units = pieces("▁a", "▁ab", "ab", "▁b")
+    log_probs = posteriors(8, num_units=len(units))
+    scorer = CTCPrefixScorer(spelling(tokenizer, units), [log_probs], weight=1.0)
+
+    def probability(text: str) -> float:
+        target = torch.tensor([units(text)["input_ids"]])
+        lengths = torch.tensor([8]), torch.tensor([target.shape[1]])
+        return -float(torch.nn.functional.ctc_loss(log_probs[:, None], target, *lengths, 0, "sum"))
+
+    for text in ("ab", "ab b", "a ab ba"):
+        assert said(scorer, text)[1] == pytest.approx(probability(text), abs=1e-6)
+    assert said(scorer, "ab")[0] == 0.0  # it may become "abb" yet
+    assert said(scorer, "ab b")[0] == said(scorer, "ab a")[0] < 0
+
+
+@pytest.fixture(scope="module")
+def llm() -> LLM:
+    torch.manual_seed(0)
+    sizes = LLMArchitecture(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    return sizes.build(character_tokenizer()).eval()
+
+
+def test_in_the_search(llm: LLM) -> None:
+    """A language model that knows nothing writes what CTC hears."""
+    texts = ["abba", "bba"]
+    heard = []
+    for text in texts:
+        path = [unit for letter in units_of(text) for unit in (letter, letter, BLANK)]
+        heard.append((8.0 * torch.nn.functional.one_hot(torch.tensor(path), 5)).log_softmax(dim=1))
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randn(length, llm.dim, generator=generator) for length in (5, 9)]
+
+    # marks and spaces cost CTC nothing: to keep them out is the part of a model that knows texts
+    mute = tuple(set(range(len(llm.tokenizer))) - {END, *llm.tokenizer.encode("abc")})
+    search = partial(
+        *(beam_search, llm, prompts, [16, 16], [END]),
+        length_penalty=0.0,
+        options=SearchOptions(forbidden=mute),
+    )
+
+    def written(*scorers: CTCPrefixScorer) -> list[str]:
+        return [llm.tokenizer.decode(one[0].tokens) for one in search(scorers=scorers)]
+
+    free, speller = written(), spelling(llm.tokenizer)
+    assert written(CTCPrefixScorer(speller, heard, 20.0)) == texts
+    assert written(CTCPrefixScorer(speller, heard, 0.0)) == free != texts
+
+
+Build = Callable[..., Transcriber]
+
+
+@pytest.fixture
+def build(model_folder: Callable[[str], Path]) -> Build:
+    """A transcriber of tiny parts; its projector is random."""
+
+    def transcriber(encoder: str = "conformer", tune: str = "frozen", **decode: Any) -> Transcriber:
+        recipe = Recipe.model_validate(
+            {
+                "name": "tiny",
+                "encoder": {"type": encoder, "path": str(model_folder(encoder)), "tune": tune},
+                "projector": {"downsample_rate": 2, "hidden": 16},
+                "llm": {"path": str(model_folder("llama"))},
+                "decode": {"tokens_per_second": 4, "extra_tokens": 6, "gate": "none", **decode},
+            }
+        )
+        torch.manual_seed(0)
+        return Transcriber(recipe.build(), recipe.decode)
+
+    return transcriber
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_text_depends_on_nothing_but_the_utterance(
+    build: Build, waves: Callable[..., Tensor], strict: bool
+) -> None:
+    transcriber = build(ctc_weight=0.3, strict=strict)
+    speech = [Speech(waves(size, seed=size).numpy()) for size in (9_000, 24_000, 5_000)]
+    together = transcriber._hear([*speech, *speech], words=False)
+    for one, *copies in zip(speech, together[:3], together[3:], strict=True):
+        [alone] = transcriber._hear([one], words=False)
+        for copy in copies:
+            if strict:
+                assert copy == alone
+            assert copy.text == alone.text
+            assert copy.score == pytest.approx(alone.score, abs=1e-5)
+    free = build(strict=strict)._hear(speech, words=False)
+    assert [one.score for one in free] != [one.score for one in together[:3]]
+
+
+def test_greedy_search_too_asks_ctc(build: Build, waves: Callable[..., Tensor]) -> None:
+    transcriber = build(ctc_weight=0.3, beam_size=1)
+    assert not transcriber.drafts
+    assert build(beam_size=1).drafts
+    heard, free = (
+        one.transcribe(waves(9_000).numpy()) for one in (transcriber, build(beam_size=1))
+    )
+    assert heard.score != free.score
+
+
+@pytest.mark.parametrize(("encoder", "tune"), [("whisper", "frozen"), ("conformer", "full")])
+def test_an_encoder_that_cannot_spell_is_one_clear_error(
+    build: Build, encoder: str, tune: str
+) -> None:
+    with pytest.raises(IsthmusError, match=r"decode\.ctc_weight is 0\.3, but .*CTC head.*to 0"):
+        build(encoder, tune, ctc_weight=0.3)
+    assert build(encoder, tune).joint is None
+
+
+@pytest.mark.skipif(not SPEECH.is_dir(), reason="set ISTHMUS_SPEECH to the speech folder")
+def test_the_shipped_system_leaves_out_less() -> None:
+    orders = list(read_corpus(str(SPEECH / "en_barista" / "dev.jsonl")))[8:13]
+    shipped = load()
+
+    def errors(weight: float) -> int:
+        settings = change_settings(shipped.settings, {"ctc_weight": weight})
+        found = Transcriber(shipped.model, settings).transcribe(orders)
+        hypotheses = {cut.id: one.text for cut, one in zip(orders, found, strict=True)}
+        return score({cut.id: transcript(cut) for cut in orders}, hypotheses).counts.errors
+
+    assert errors(0.3) < errors(0.0)

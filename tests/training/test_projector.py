@@ -1,0 +1,180 @@
+"""What is random in the loss of a projector: drawn by seed, epoch and batch, and off elsewhere."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from isthmus.errors import IsthmusError
+from isthmus.recipe import Recipe
+from isthmus.training.checkpoint import WEIGHTS
+from isthmus.training.data import speech_data
+from isthmus.training.loop import METRICS
+from isthmus.training.projector import SpeechTask
+from isthmus.training.runs import Opening, train
+
+TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")
+INSTRUCTIONS = ["Say it.", "Write down what is said.", ""]
+
+
+@pytest.fixture
+def make(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., Recipe]:
+    """A recipe with changes: `data={...}`, `train={...}`, ...; two utterances are Polish."""
+    lines = []
+    for i, text in enumerate(TEXTS):
+        audio = np.random.default_rng(i).normal(0, 0.1, 6400 + 3200 * i)
+        soundfile.write(tmp_path / f"u{i}.flac", audio, 16000)
+        row = {"audio": f"u{i}.flac", "text": text, "language": "pl" if i < 2 else "en"}
+        lines.append(json.dumps(row) + "\n")
+    (tmp_path / "all.jsonl").write_text("".join(lines))
+
+    def recipe(kind: str = "fbank", **changes: dict[str, Any]) -> Recipe:
+        path = {} if kind == "fbank" else {"path": str(model_folder(kind))}
+        plain: dict[str, dict[str, Any]] = {
+            "encoder": {"type": kind, **path},
+            "projector": {"downsample_rate": 10, "hidden": 8},
+            "llm": {"path": str(model_folder("llama"))},
+            "prompt": {"template": "paper", "instruction": INSTRUCTIONS},
+            "data": {"train": [str(tmp_path / "all.jsonl")], "dev": [str(tmp_path / "all.jsonl")]},
+            "train": {"steps": 5, "learning_rate": 1e-2, "warmup_steps": 0, "batch_size": 4}
+            | {"eval_every": 5, "save_every": 1},
+        }
+        for name, values in changes.items():
+            plain[name] = {**plain[name], **values}
+        return Recipe.model_validate({"name": "random", **plain})
+
+    return recipe
+
+
+Make = Callable[..., Recipe]
+
+
+def task_of(recipe: Recipe) -> SpeechTask:
+    torch.manual_seed(0)
+    model = recipe.build().eval()
+    return SpeechTask(model, *speech_data(recipe, model), recipe)
+
+
+def loss(task: SpeechTask, training: bool, seed: int = 0) -> float:
+    torch.manual_seed(seed)
+    task.module.train(training)
+    with torch.no_grad():
+        return float(task.loss(task.load([(0,), (5,)], 0 if training else None)).total)
+
+
+RANDOM: dict[str, dict[str, Any]] = {
+    "masking": {"text_masking": 0.5},
+    "masking-by-language": {"text_masking": {"pl": 0.9, "default": 0.1}},
+    "alignment": {"alignment_weight": 0.3},
+}
+
+
+@pytest.mark.parametrize("name", RANDOM)
+def test_in_training_only(name: str, make: Make) -> None:
+    plain, other = task_of(make()), task_of(make(train=RANDOM[name]))
+    assert loss(plain, training=False) == loss(other, training=False)
+    assert loss(plain, training=True) != loss(other, training=True)
+
+
+def test_only_the_languages_that_are_named(make: Make) -> None:
+    task, plain = task_of(make(train={"text_masking": {"pl": 0.9}})), task_of(make())
+
+    def of(which: SpeechTask, index: int) -> float:
+        torch.manual_seed(0)
+        which.module.train()
+        return which.loss(which.load([(index,)], 0)).total.item()
+
+    assert of(task, 1) != of(plain, 1)
+    assert of(task, 4) == of(plain, 4)
+
+
+@pytest.mark.parametrize(
+    ("encoder", "changes"),
+    [
+        ("fbank", {"train": {"text_masking": 0.4, "alignment_weight": 0.2}}),
+        ("fbank", {"data": {"language_temperature": 4.0}, "train": {"packing": False}}),
+        ("conformer", {"encoder": {"tune": "full"}, "data": {"spec_augment": {}}}),
+    ],
+    ids=["masking", "languages", "spec-augment"],
+)
+def test_resume_is_exact(
+    encoder: str, changes: dict[str, dict[str, Any]], make: Make, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(make(encoder, **changes), whole)
+    short = {**changes, "train": {**changes.get("train", {}), "steps": 3}}
+    train(make(encoder, **short), parts)
+    allowed = Opening(resume=True, allow_change=["train.steps"])
+    train(make(encoder, **changes), parts, allowed)
+    assert numbers(whole) == numbers(parts)
+    last = Path("checkpoints") / "step-000005" / WEIGHTS
+    assert (whole / last).read_bytes() == (parts / last).read_bytes()
+
+
+def numbers(folder: Path) -> list[dict[str, float]]:
+    kept = ("loss", "accuracy", "alignment_loss", "units", "dev_loss", "gradient_norm")
+    lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
+    found = [{key: line[key] for key in kept if key in line} for line in lines]
+    for line in found[:-1]:
+        line.pop("dev_loss", None)  # the last step of the short run has one too
+    return found
+
+
+def test_the_alignment_loss_stands_apart(make: Make, tmp_path: Path) -> None:
+    with_it, without = (
+        train(make(train={"alignment_weight": weight, "steps": 1}), tmp_path / str(weight))
+        and json.loads((tmp_path / str(weight) / METRICS).read_text())
+        for weight in (0.5, 0.0)
+    )
+    assert "alignment_loss" not in without
+    total = without["loss"] + 0.5 * with_it["alignment_loss"]
+    assert with_it["loss"] == pytest.approx(total, rel=1e-5)
+    assert with_it["dev_loss"] != without["dev_loss"]  # another step was made
+
+
+def test_prompts_are_drawn_anew_each_epoch_but_not_in_validation(make: Make) -> None:
+    task = task_of(make())
+    groups = [(index,) for index in range(6)]
+    draws = [task.load(groups, epoch).draws for epoch in range(12)]
+    assert draws[0] == task.load(groups[::-1], 0).draws[::-1]
+    seen = {number % 3 for epoch in draws for number in epoch}
+    assert seen == {0, 1, 2}
+    assert len(set(draws)) == 12
+    assert task.load(groups, None).draws == task.load(groups, None).draws
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"text_masking": {"german": 0.2}},
+            "train.text_masking names 'german'.*in: en, pl",
+        ),
+        ({"text_masking": 1.0}, "text_masking.*less than 1"),
+        ({"alignment_weight": -1}, "alignment_weight.*greater than or equal to 0"),
+    ],
+)
+def test_faults_are_said(changes: dict[str, Any], message: str, make: Make) -> None:
+    with pytest.raises((IsthmusError, ValueError), match=f"(?s){message}"):
+        task_of(make(train=changes))
+
+
+def test_data_of_languages(make: Make) -> None:
+    only = task_of(make(data={"languages": ["pl"]}))
+    assert len(only.train.cuts) == 2
+    assert only.dev is not None
+    assert len(only.dev.cuts) == 2
+    with pytest.raises(IsthmusError, match="names 'de', but no utterance"):
+        task_of(make(data={"languages": ["de"]}))
+
+
+def test_masks_on_features_are_for_a_conformer_that_is_trained(make: Make) -> None:
+    with pytest.raises(ValueError, match=r"data\.spec_augment.*fbank.*leave it out"):
+        make(data={"spec_augment": {}})
+    with pytest.raises(ValueError, match=r"data\.spec_augment.*tune frozen"):
+        make("conformer", data={"spec_augment": {}})
