@@ -170,7 +170,7 @@ def own_step(
     optimiser.step()
     float(found.total.detach())  # the loop logs it
     positions = found.positions - found.padding
-    encoded = 0.0 if kept else batch.seconds
+    encoded = [] if kept else [batch.seconds]
     return batch.seconds, positions, model.flops(positions, found.tokens, encoded)
 
 
@@ -261,7 +261,7 @@ def baseline_speed(
         seconds = sum(heard.seconds[i] for i in indices)
         positions = int(batch.attention_mask.sum())
         tokens = int((batch.labels >= 0).sum())
-        return seconds, positions, model.flops(positions, tokens, seconds)
+        return seconds, positions, model.flops(positions, tokens, [seconds])
 
     starts = range(0, BASELINE_BATCH * (given.warm_up + given.steps), BASELINE_BATCH)
     chosen = [order[start : start + BASELINE_BATCH] for start in starts]

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from isthmus.cli import main
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
+from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
 from isthmus.model.encoder import (
     ConformerSettings,
     Encoder,
@@ -36,6 +36,7 @@ from isthmus.model.encoder import (
 )
 from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import CHAT_TEMPLATE, LLM, LLMSettings, character_tokenizer
+from isthmus.model.spelling import letter_tokenizer
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
 

@@ -25,7 +25,7 @@ from isthmus.model.llm import (
     LLMSettings,
     character_tokenizer,
 )
-from isthmus.model.parts import SHIPPED, PartSettings, Source, resolve, source
+from isthmus.model.parts import SHIPPED, PartSettings, Source, freeze, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.quantise import quantise
@@ -250,12 +250,9 @@ class Recipe(Experiment):
         """The model: pretrained parts loaded, the projector random (torch's generator)."""
         encoder = self.encoder.build()
         self.projector.check(encoder, self.encoder)
-        llm = self.llm.build()
-        if self.train.precision == "bfloat16":
-            if self.encoder.tune == "frozen":
-                encoder.store(torch.bfloat16)
-            if self.llm.tune != "full" and self.llm.dtype == "auto":
-                llm.store(torch.bfloat16)
+        llm = self.build_llm()
+        if self.train.precision == "bfloat16" and self.encoder.tune == "frozen":
+            encoder.store(torch.bfloat16)
         model = SpeechLLM(
             encoder,
             self.projector.build(encoder, llm),
@@ -264,9 +261,19 @@ class Recipe(Experiment):
             {"encoder": self.encoder.tune, "llm": self.llm.tune},
         )
         encoder.spec_augment = self.data.spec_augment
+        return model
+
+    def build_llm(self) -> LLM:
+        """The language model alone, its weights as training holds them."""
+        llm = self.llm.build()
+        if self.llm.tune == "frozen":
+            freeze(llm)
+        narrow = self.train.precision == "bfloat16" and self.llm.dtype == "auto"
+        if narrow and self.llm.tune != "full":
+            llm.store(torch.bfloat16)
         if self.llm.quantise != "none":
             quantise(llm.network, self.llm.quantise)
-        return model
+        return llm
 
     @field_validator("projector", mode="before")
     @classmethod
@@ -418,13 +425,22 @@ def change_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
 def dump_recipe(recipe: Experiment) -> str:
     """The resolved recipe as YAML: every default written out, local models by their full path."""
     values = recipe.model_dump(mode="json")
-    parts = [values.get(name, {}) for name in ("encoder", "projector", "llm")]
-    parts += [part for part in map(parts[0].get, ("first", "second")) if part]
-    for part, key in [(values, "start_from"), *((part, "path") for part in parts)]:
-        name = part.get(key)
-        if name and name not in SHIPPED and Path(name).expanduser().exists():
-            part[key] = str(Path(name).expanduser().absolute())
+    for part, key in named_models(values):
+        if part[key] not in SHIPPED and Path(part[key]).expanduser().exists():
+            part[key] = str(Path(part[key]).expanduser().absolute())
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def named_models(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where a dumped recipe names models and other files of parts: the settings, and the key.
+
+    Corpora are not among them: they stand in lists.
+    """
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from named_models(value)
+        elif value and key in ("path", "start_from"):
+            yield values, key
 
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:

@@ -105,7 +105,7 @@ def test_pages_and_drawings_stand_alone(runs: list[Path], tmp_path: Path) -> Non
         assert not re.findall(r'(?:src|href)="(?!data:,)', text)
         assert "--run0:" in text  # its colours
     ElementTree.fromstring((tmp_path / "drawing.svg").read_text())
-    with pytest.raises(IsthmusError, match=r"page\.pdf is neither \.html nor \.svg"):
+    with pytest.raises(IsthmusError, match=r"page\.pdf does not end in \.html or \.svg"):
         write_emergence(found, tmp_path / "page.pdf")
 
 
@@ -120,3 +120,11 @@ def test_the_verb(isthmus: Isthmus, runs: list[Path], tmp_path: Path) -> None:
     assert code == 0
     assert re.search(r"b/run +300 of 900 +none +– +–", out)
     assert isthmus("analyse", "emergence", runs[0], "-o", "x.png")[0] == 1
+
+
+def test_a_drawing_replaces_nothing(isthmus: Isthmus, runs: list[Path], tmp_path: Path) -> None:
+    mine = tmp_path / "mine.svg"
+    mine.write_text("mine")
+    code, _, err = isthmus("analyse", "emergence", *runs, "-o", mine)
+    assert (code, mine.read_text()) == (1, "mine")
+    assert "mine.svg exists. Name another file with --output" in err

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isthmus.analysis.order import Spoken, measure_order, strangers, write_order
+from isthmus.decoding import transcriber
 from isthmus.errors import IsthmusError
 from isthmus.model.encoder import FBankSettings
 from isthmus.model.llm import LLM
@@ -138,6 +139,22 @@ def test_the_verb(
     assert code == 0
     assert "order of 4 utterances" in out
     assert isthmus("analyse", "alignment", "default", speech_like, "-o", "x.svg")[0] == 1
+    page.write_text("mine")
+    code, _, err = isthmus("analyse", "alignment", "default", speech_like, "-o", page)
+    assert (code, page.read_text()) == (1, "mine")
+    assert "page.html exists. Name another file with --output" in err
+
+
+def test_data_are_looked_up_before_the_model(
+    isthmus: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*given: Any) -> None:
+        raise AssertionError("minutes, for nothing")
+
+    monkeypatch.setattr(transcriber, "load", never)
+    code, _, err = isthmus("analyse", "alignment", "default", tmp_path / "absent.jsonl")
+    assert code == 1
+    assert "absent.jsonl" in err
 
 
 @pytest.fixture

@@ -10,8 +10,9 @@ import torch
 
 from isthmus.analysis import sizes
 from isthmus.analysis.plan import Hardware, make_plan
-from isthmus.analysis.sizes import layer_values, parameters
+from isthmus.analysis.sizes import layer_values
 from isthmus.errors import IsthmusError
+from isthmus.model.encoder import parameters
 from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS
 from isthmus.recipe import Recipe, load_recipe
@@ -111,7 +112,9 @@ def test_a_plan_is_of_the_model_that_training_builds(
     assert plan.epoch.flops == pytest.approx(
         plan.speech.utterances
         * model.flops(
-            model.positions(12.3, int(plan.speech.mean_tokens)), int(plan.speech.mean_tokens), 12.3
+            model.positions(12.3, int(plan.speech.mean_tokens)),
+            int(plan.speech.mean_tokens),
+            [12.3],
         )
     )
 
@@ -208,6 +211,42 @@ def test_data_that_can_be_read(tmp_path: Path) -> None:
     assert "cannot be read here" in absent.speech.source
 
 
+def manifest(file: Path, speech: dict[str, list[float]]) -> str:
+    """A corpus of utterances in these languages, that long; each second has a word."""
+    rows = [
+        {"id": f"{name}{n}", "audio": "a.wav", "duration": d, "text": "one " * int(d)}
+        | {"language": name}
+        for name, durations in speech.items()
+        for n, d in enumerate(durations)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_what_training_leaves_out_is_not_planned_with(tmp_path: Path) -> None:
+    train = [manifest(tmp_path / "a.jsonl", {"en": [4, 8, 31], "de": [2], "pl": [20]})]
+    data = {"train": train, "max_seconds": 40}
+    assert make_plan(recipe(data=data)).speech.utterances == 4  # Whisper takes 30 s
+    longer = make_plan(recipe({"type": "fbank"}, data=data))
+    assert longer.speech.utterances == 5
+    some = make_plan(recipe(data=data | {"languages": ["de", "en"]})).speech
+    assert (some.utterances, some.mean_seconds) == (3, pytest.approx(14 / 3))
+    with pytest.raises(IsthmusError, match=r"data\.languages names 'fr'.*de, en, pl"):
+        make_plan(recipe(data=data | {"languages": ["fr"]}))
+
+
+def test_languages_count_as_often_as_they_are_drawn(tmp_path: Path) -> None:
+    train = [manifest(tmp_path / "a.jsonl", {"en": [2.0] * 9, "pl": [12.0]})]
+    plain = make_plan(recipe(data={"train": train})).speech
+    assert (plain.mean_seconds, plain.source) == (pytest.approx(3), "data.train")
+    drawn = make_plan(recipe(data={"train": train, "language_temperature": 1e9})).speech
+    assert (drawn.utterances, drawn.mean_seconds) == (10, pytest.approx(7))
+    assert drawn.mean_tokens == pytest.approx(plain.mean_tokens + 4)  # a word a second
+    assert drawn.source == "data.train, drawn by data.language_temperature"
+    same = make_plan(recipe(data={"train": train, "language_temperature": 1})).speech
+    assert same.mean_seconds == pytest.approx(3)
+
+
 @pytest.mark.parametrize(
     ("train", "utterances"),
     [({"batch_size": 5}, 5.0), ({"max_duration": 123}, 10.0), ({"max_tokens": 100}, 1.0)],
@@ -234,6 +273,10 @@ def test_a_pair_of_encoders_and_adapters() -> None:
             {"path": "huggyllama/llama-7b", "tune": "lora", "lora": {"rank": 8}},
         )
     )
+    alone = [make_plan(recipe(one)).cache for one in (whisper, wavlm)]
+    assert plan.cache is not None
+    hours = [cache["hours"] for cache in alone if cache is not None]
+    assert plan.cache["hours"] == pytest.approx(sum(hours))  # 30 s and 12.3 s, each its own
     encoder, llm = plan.parts["encoder"], plan.parts["llm"]
     assert encoder.name == "openai/whisper-tiny + microsoft/wavlm-base"
     assert millions(encoder.parameters) == round(7.632384 + 94.381936, 2)

@@ -210,6 +210,12 @@ def test_what_cannot_be_checked_is_said(
     assert lines[-1] == "  not checked (scale of embeddings): u0.wav is gone."
 
 
+def test_one_of_many_prompts_is_looked_at(innocent: Evidence, load_llm: Callable[..., LLM]) -> None:
+    several = PaperPrompt(instruction=("Say it.", "", "Write."))
+    line = found(replace(innocent, model=build(load_llm("llama"), several)))
+    assert line.startswith("  None")
+
+
 # --- when
 
 
@@ -247,6 +253,25 @@ def test_it_is_said_once_with_the_measured_update(
         observe(line)
     assert [line.split(":")[0] for line in said if line.startswith("step")] == ["step 201"]
     assert any("is too large" in line for line in said)
+
+
+def test_a_fault_of_the_diagnosis_ends_no_training(
+    watch: tuple[PlateauWatch, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def broken(*given: Any) -> Any:
+        raise AssertionError("never thought of\nat all")
+
+    monkeypatch.setattr(plateau, "CAUSES", (broken,))
+    observe, said = watch
+    for line in curve(600):
+        observe(line)
+    assert said == []
+    (record,) = caplog.records
+    assert record.message == (
+        "why accuracy does not jump cannot be looked into: AssertionError: never thought of"
+    )
 
 
 def test_nothing_is_said_after_a_jump(watch: tuple[PlateauWatch, list[str]]) -> None:

@@ -1,12 +1,12 @@
-"""Sweeps: planned, done once whoever does them, gone on with after a kill, and judged fairly."""
+"""Sweeps: planned, done once whoever does them, and gone on with after a kill."""
 
 import json
 import multiprocessing
 import os
+import shutil
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,13 @@ import soundfile
 import torch
 
 from isthmus.analysis import sweep_runs
-from isthmus.analysis.sweep import Claim, Plan, make_plan, shipped_sweeps
+from isthmus.analysis.sweep import Plan, make_plan, shipped_sweeps
+from isthmus.analysis.sweep_checks import Checks
 from isthmus.analysis.sweep_runs import RESULT, Sweeper, states
-from isthmus.analysis.sweep_table import Table, judge, markdown
+from isthmus.analysis.sweep_table import Table, markdown
 from isthmus.errors import IsthmusError
 from isthmus.files import FolderLock
+from isthmus.model.parts import SHIPPED
 from isthmus.training.loop import OnStep
 from isthmus.training.runs import train
 
@@ -175,6 +177,38 @@ def test_models_and_speech_are_made_only_where_they_are_wanted(sweep: Path) -> N
     assert llm == str(sweep.parent / "out/tiny/models/second/model")
 
 
+def test_variables_in_all_paths_of_parts_are_replaced(sweep: Path) -> None:
+    edit(
+        sweep,
+        "projector.hidden: 4",
+        """encoder: {type: pair, first: {type: whisper, path: "${SPEECH_HERE}/a"},
+            second: {type: wavlm, path: "$SPEECH_HERE/b"}},
+        projector: {type: units, path: "${SWEEP}/units"}""",
+    )
+    plan = plan_of(sweep)
+    recipe = plan.expanded(plan.runs[1].recipe).model_dump()
+    assert recipe["encoder"]["first"]["path"] == f"{sweep.parent}/a"
+    assert recipe["encoder"]["second"]["path"] == f"{sweep.parent}/b"
+    assert recipe["projector"]["path"] == f"{sweep.parent}/out/tiny/units"
+    assert recipe["data"]["train"] == ("${SPEECH_HERE}/train.jsonl",)  # replaced when it is read
+
+
+def test_a_scale_takes_what_it_shares_from_a_file(sweep: Path) -> None:
+    names = [run.name for run in plan_of(sweep).runs]
+    test = '    test: {one: "${SPEECH_HERE}/test.jsonl", two: "${SPEECH_HERE}/train.jsonl"}\n'
+    (sweep.parent / "block.yaml").write_text(f"average: sets\nagainst: nothing\n{test.strip()}\n")
+    edit(sweep, test, "    like: block.yaml\n    against: narrow\n")
+    plan = plan_of(sweep)
+    assert [run.name for run in plan.runs] == names
+    assert (plan.scale.average, plan.scale.against) == ("sets", "narrow")
+    edit(sweep, "block.yaml", "shared/tiny.yaml")  # a shipped one
+    edit(sweep, "expected: {one", "expected: {digits")
+    assert "held-out" in str(plan_of(sweep).sweep.scales["tiny"].test)
+    edit(sweep, "shared/tiny.yaml", "blok.yaml")
+    with pytest.raises(IsthmusError, match=r"scales\.tiny\.like: no file 'blok.yaml'"):
+        plan_of(sweep)
+
+
 # --- runs
 
 
@@ -260,22 +294,30 @@ def test_processes_share_out_the_rows(sweep: Path) -> None:
     assert sorted(trained) == sorted(run.name for run in plan_of(sweep).runs)
 
 
-def test_what_another_process_is_at_is_waited_for(
-    sweep: Path, monkeypatch: pytest.MonkeyPatch
+def test_what_other_processes_are_at_is_waited_for_and_said_once(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = plan_of(sweep)
     Sweeper(plan, silent).reproduce()
-    held = FolderLock(plan.state_folder(plan.runs[0].name)).__enter__()
-    (plan.run_folder(plan.runs[0]) / RESULT).rename(sweep.parent / "kept")
+    held = [FolderLock(plan.state_folder(run.name)).__enter__() for run in plan.runs]
+    result = plan.run_folder(plan.runs[0]) / RESULT
+    result.rename(sweep.parent / "kept")
     assert [run["state"] for run in states(plan)] == ["running", "done"]
+    naps: list[float] = []
 
-    def other_finishes(seconds: float) -> None:
-        (sweep.parent / "kept").rename(plan.run_folder(plan.runs[0]) / RESULT)
-        held.__exit__(None, None, None)
+    def others_finish(seconds: float) -> None:
+        naps.append(seconds)
+        if len(naps) == 3:
+            (sweep.parent / "kept").rename(result)
+            for lock in held:
+                lock.__exit__(None, None, None)
 
-    monkeypatch.setattr(sweep_runs.time, "sleep", other_finishes)
+    monkeypatch.setattr(sweep_runs.time, "sleep", others_finish)
     monkeypatch.setattr(sweep_runs, "train", None)  # is not called
+    caplog.set_level("INFO", "isthmus")
     assert len(Sweeper(plan, silent).reproduce().results) == 2
+    said = [line for line in caplog.messages if "Other processes" in line]
+    assert said == ["Other processes are at wide, narrow: waiting for them."]
 
 
 def test_a_row_that_fails_is_listed_and_the_others_go_on(sweep: Path, isthmus: Command) -> None:
@@ -312,9 +354,9 @@ def test_changes_underneath_are_refused(sweep: Path) -> None:
     stored = json.loads(file.read_text())
 
     def said() -> str:
-        sweeper = Sweeper(plan, silent)
-        assert "wide" not in sweeper.reproduce(["wide"]).results
-        return sweeper.failed["wide"]
+        table = Sweeper(plan, silent).reproduce(["wide"])
+        assert "wide" not in table.results
+        return table.failed["wide"]
 
     changed = json.loads(file.read_text())
     changed["recipe"]["train"]["learning_rate"] = 0.5
@@ -333,6 +375,78 @@ def test_changes_underneath_are_refused(sweep: Path) -> None:
     table = Sweeper(plan, silent).reproduce()
     assert not table.failed
     assert "not all made by the same code" in markdown(table)
+
+
+def test_rows_that_were_trained_on_other_data_are_refused_in_any_table(sweep: Path) -> None:
+    edit(sweep, ', two: "${SPEECH_HERE}/train.jsonl"', "")
+    plan = plan_of(sweep)
+    Sweeper(plan, silent).reproduce(["wide"])
+    edit(sweep.parent / "train.jsonl", "turn left", "turn right")
+    table = Sweeper(plan, silent).reproduce(["narrow"])  # which is not the row
+    assert [*table.results] == ["narrow"]
+    assert "train.jsonl, which was trained on, has other utterances" in table.failed["wide"]
+    assert [run["state"] for run in states(plan)] == ["failed", "done"]
+    table = Sweeper(plan, silent).reproduce(["narrow"])  # another process, which reads of it
+    assert "Failed: wide." in markdown(table)
+    assert table.verdicts[0][1] == "not measured yet"
+    edit(sweep.parent / "train.jsonl", "turn right", "turn left")
+    table = Sweeper(plan, silent).reproduce(["wide"])
+    assert [*table.results] == ["wide"]
+    assert [*table.failed] == ["narrow"]
+
+
+def test_other_files_of_any_part_are_refused(
+    sweep: Path, model_folder: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(model_folder("llama"), sweep.parent / "llm")
+    monkeypatch.setitem(SHIPPED, "isthmus/mini", sweep.parent / "llm")
+    (sweep.parent / "units").write_text("centroids")
+    parts = 'llm.path: isthmus/mini, projector: {type: units, path: "${SPEECH_HERE}/units"}'
+    edit(sweep, "projector.hidden: 4", parts)
+    plan = plan_of(sweep)
+    run = plan.runs[1]
+    sources = plan.expanded(run.recipe).sources()
+    assert {*sources} == {"llm", "projector"}
+    result = {
+        "recipe": run.recipe.model_dump(mode="json"),
+        "parts": {name: part.to_dict() for name, part in sources.items()},
+        "test": {},
+    }
+    Checks(plan).check(run, result)
+    (sweep.parent / "units").write_text("others")
+    with pytest.raises(IsthmusError, match=r"the projector \S+/units has other files"):
+        Checks(plan).check(run, result)
+    (sweep.parent / "units").write_text("centroids")
+    (sweep.parent / "llm/more.json").write_text("{}")
+    with pytest.raises(IsthmusError, match="the llm isthmus/mini has other files"):
+        Checks(plan).check(run, result)
+
+
+def test_a_failure_that_was_mended_is_forgotten(
+    sweep: Path, model_folder: Callable[[str], Path]
+) -> None:
+    edit(sweep, "projector.hidden: 4", 'llm.path: "${SPEECH_HERE}/later"')
+    plan = plan_of(sweep)
+    assert [*Sweeper(plan, silent).reproduce().failed] == ["narrow"]
+    shutil.copytree(model_folder("llama"), sweep.parent / "later")
+    table = Sweeper(plan, silent).reproduce()
+    assert ([*table.results], table.failed) == (["wide", "narrow"], {})
+    assert [run["state"] for run in states(plan)] == ["done", "done"]
+
+
+def test_sizes_are_those_that_the_papers_count(
+    sweep: Path, encoder_settings: Callable[[str], Any]
+) -> None:
+    whisper = encoder_settings("whisper-unpadded")
+    edit(sweep, "projector.hidden: 4", f"encoder: {whisper.model_dump_json()}, llm.quantise: int8")
+    table = Sweeper(plan_of(sweep), silent).reproduce()
+    assert not table.failed
+    network = whisper.build().network
+    positions = network.embed_positions.weight.numel()  # sinusoids, which are never learnt
+    sizes = table.results["narrow"]["parameters"]
+    assert sizes["encoder"] == sum(p.numel() for p in network.parameters()) - positions
+    assert sizes["llm"] is None
+    assert "| narrow |" in markdown(table)
 
 
 def test_missing_data_is_one_error_before_anything(
@@ -364,9 +478,10 @@ def test_shared_things_made_otherwise_are_refused(sweep: Path) -> None:
     edit(sweep, '"${SPEECH_HERE}/test.jsonl"', '"${SWEEP}/speech/few"')
     Sweeper(plan_of(sweep), silent).reproduce(["wide"])
     edit(sweep, "seed: 1", "seed: 2")
-    sweeper = Sweeper(plan_of(sweep), silent)
-    assert [*sweeper.reproduce().results] == ["wide"]
-    assert "seed: 1 then, 2 now" in sweeper.failed["narrow"]
+    table = Sweeper(plan_of(sweep), silent).reproduce()
+    assert [*table.failed] == ["wide", "narrow"]  # the finished one, too
+    assert "seed: 1 then, 2 now" in table.failed["wide"]
+    assert "seed: 1 then, 2 now" in table.failed["narrow"]
 
 
 def test_models_that_rows_share_are_trained_once(
@@ -385,12 +500,15 @@ def test_models_that_rows_share_are_trained_once(
     assert len(Sweeper(plan, silent).reproduce().results) == 2
     monkeypatch.setattr(sweep_runs, "pretrain_lm", None)  # is not called
     (plan.run_folder(plan.runs[1]) / RESULT).unlink()
-    assert not Sweeper(plan, silent, ["code"]).reproduce().failed
+    others = [FolderLock(plan.state_folder(name)) for name in ("models-small", "models-other")]
+    with monkeypatch.context() as patch, others[0], others[1]:
+        patch.setattr(sweep_runs.time, "sleep", None)  # what is made is not waited for
+        assert not Sweeper(plan, silent, ["code"]).reproduce().failed
     edit(recipe, "steps: 2", "steps: 3")
     (plan.run_folder(plan.runs[1]) / RESULT).unlink()
-    sweeper = Sweeper(plan, silent, ["code"])
-    assert [*sweeper.reproduce().results] == ["wide"]
-    assert "train.steps: 2 then, 3 now" in sweeper.failed["narrow"]
+    table = Sweeper(plan, silent, ["code"]).reproduce()
+    assert [*table.results] == ["wide"]
+    assert "train.steps: 2 then, 3 now" in table.failed["narrow"]
 
 
 def test_the_frames_of_an_encoder_are_computed_once_for_all_rows(sweep: Path) -> None:
@@ -398,57 +516,3 @@ def test_the_frames_of_an_encoder_are_computed_once_for_all_rows(sweep: Path) ->
     indexes = (sweep.parent / "cache").rglob("*.jsonl")
     entries = [json.loads(line)["key"] for file in indexes for line in file.open()]
     assert len(entries) == len({*entries}) == 6  # four to train on, and two more to test
-
-
-# --- verdicts
-
-
-def made_of(sweep: Path, wide: list[int], narrow: list[int], jumps: Mapping[str, Any]) -> Table:
-    """A table of results with these errors in utterances of ten words."""
-    results = {
-        name: {
-            "sets": {"one": {"errors": {str(n): [e, 10] for n, e in enumerate(errors)}}},
-            "all": {"normaliser": "basic"},
-            "emergence": jumps.get(name) and {"step": jumps[name]},
-        }
-        for name, errors in (("wide", wide), ("narrow", narrow))
-    }
-    return Table(plan_of(sweep), results, {})
-
-
-@pytest.mark.parametrize(
-    ("wide", "narrow", "verdict"),
-    [
-        ([1] * 40, [3] * 40, "reproduced"),
-        ([3] * 40, [1] * 40, "not reproduced"),
-        ([1, 3] * 20, [3, 1] * 20, "cannot be seen at this size"),
-        ([1] * 40, [1] * 40, "cannot be seen at this size"),
-    ],
-)
-def test_claims_on_errors(sweep: Path, wide: list[int], narrow: list[int], verdict: str) -> None:
-    claim = Claim(says="So.", lower="wide", than="narrow")
-    found, figures = judge(made_of(sweep, wide, narrow, {}), claim)
-    assert found == verdict
-    assert f"wide {10 * np.mean(wide):.2f} %" in figures
-
-
-@pytest.mark.parametrize(
-    ("jumps", "verdict"),
-    [
-        ({"wide": 10, "narrow": 20}, "reproduced"),
-        ({"wide": 20, "narrow": 10}, "not reproduced"),
-        ({"wide": 20}, "reproduced"),
-        ({"narrow": 20}, "not reproduced"),
-        ({}, "cannot be seen at this size"),
-    ],
-)
-def test_claims_on_emergence(sweep: Path, jumps: dict[str, int], verdict: str) -> None:
-    claim = Claim(says="So.", earlier="wide", than="narrow")
-    assert judge(made_of(sweep, [1], [1], jumps), claim)[0] == verdict
-
-
-def test_claims_wait_for_both_rows(sweep: Path) -> None:
-    table = made_of(sweep, [1], [1], {})
-    half = replace(table, results={"wide": table.results["wide"]})
-    claim = Claim(says="So.", lower="wide", than="narrow")
-    assert judge(half, claim) == ("not measured yet", "")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,19 @@ def make_run(tmp_path_factory: pytest.TempPathFactory, model_folder: Callable[[s
         soundfile.write(speech / f"u{place}.wav", np.sin(np.arange(9600) * 0.1 * place), 16000)
         (speech / f"u{place}.txt").write_text(text)
 
-    @cache
-    def make(tune: str) -> Path:
+    def make(tune: str, quantise: str = "none", precision: str = "float32") -> Path:
+        name = f"{tune}-{quantise}-{precision}"
         values = {
-            "name": tune,
+            "name": name,
             "encoder": {"type": "fbank"},
             "projector": {"downsample_rate": 10, "hidden": 8},
-            "llm": {"path": str(model_folder("llama")), "tune": tune},
+            "llm": {"path": str(model_folder("llama")), "tune": tune, "quantise": quantise},
             "data": {"train": [str(speech)]},
-            "train": {"steps": 3, "learning_rate": 0.1, "warmup_steps": 0},
+            "train": {"steps": 3, "learning_rate": 0.1, "warmup_steps": 0, "precision": precision},
         }
-        train(Recipe.model_validate(values), root / tune)
-        return root / tune
+        if not (root / name).exists():
+            train(Recipe.model_validate(values), root / name)
+        return root / name
 
     return make
 
@@ -58,6 +58,17 @@ def test_a_frozen_model_is_equal_to_the_bit(make_run: Run) -> None:
     assert found.merged is None
     assert (found.difference, found.interval) == (0.0, (0.0, 0.0))
     assert found.lines()[-1].startswith("equal to the last bit")
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantise", ["none", "int8"])
+@pytest.mark.parametrize("tune", ["frozen", "lora"])
+def test_the_original_is_held_as_the_run_holds_it(
+    make_run: Run, tune: str, quantise: str, precision: str
+) -> None:
+    found = text_ability(make_run(tune, quantise, precision), TEXTS)
+    assert found.same_weights
+    assert found.equal == (tune == "frozen")
 
 
 def test_frozen_weights_that_moved_are_seen(

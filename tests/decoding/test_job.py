@@ -20,12 +20,12 @@ from hypothesis import given
 from lhotse.cut import Cut
 
 from isthmus.decoding import job
+from isthmus.decoding.inputs import is_corpus
 from isthmus.decoding.job import (
     Claims,
     Cluster,
     System,
     cut_up,
-    is_corpus,
     system,
     transcribe_corpora,
 )

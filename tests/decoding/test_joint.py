@@ -22,8 +22,8 @@ from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, CTCSpelling
 from isthmus.decoding.timestamps import FLOOR, CTCModel
 from isthmus.decoding.transcriber import Speech, Transcriber, load
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import letter_tokenizer
 from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
+from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import Recipe, change_settings
 from isthmus.scoring import score
 from isthmus.speech.corpora import read_corpus

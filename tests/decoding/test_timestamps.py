@@ -35,8 +35,9 @@ from isthmus.decoding.timestamps import (
 )
 from isthmus.decoding.transcript import Word
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
+from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
 from isthmus.model.features import LogMelSettings
+from isthmus.model.spelling import letter_tokenizer
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.synthesis import draw_texts, random_voice, speak
 

@@ -12,9 +12,9 @@ from isthmus.model.conformer import (
     FRONT_END_FILE,
     ConformerArchitecture,
     ConformerCTC,
-    letter_tokenizer,
 )
 from isthmus.model.features import LogMelSettings
+from isthmus.model.spelling import letter_tokenizer
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from isthmus.model.encoder import (
     SelfSupervisedEncoder,
     WhisperEncoder,
     WhisperSettings,
+    parameters,
 )
 from isthmus.speech.audio import SAMPLE_RATE
 
@@ -181,6 +182,46 @@ def test_whisper_takes_30_seconds(
 def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> None:
     with pytest.warns(UserWarning, match="pad_to_30s"):
         WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=False).build()
+
+
+@pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
+def test_what_is_worked_on(encoder: Encoder, encoder_name: str) -> None:
+    padded = 30.0 if encoder_name == "whisper" else 12.0
+    assert [encoder.encoded_seconds(one) for one in (12.0, 30.0)] == [padded, 30.0]
+    if encoder_name != "pair":
+        weights = sum(value.numel() for value in encoder.parameters())
+        expected = 2 * weights * encoder.frame_rate * (padded + 30)
+        assert encoder.flops([12.0, 30.0]) == pytest.approx(expected)
+
+
+def test_a_pair_works_on_what_each_does(encoder_settings: Callable[[str], Any]) -> None:
+    """At its own frame rate, and with its own padding."""
+    names = ("conformer", "whisper")
+    pair = PairSettings(**dict(zip(("first", "second"), map(encoder_settings, names), strict=True)))
+    alone = [encoder_settings(name).build().flops([2.0, 31.0]) for name in names]
+    assert pair.build().flops([2.0, 31.0]) == sum(alone)
+    assert pair.build().encoded_seconds(2.0) == 30.0
+
+
+def test_a_head_is_no_part_but_goes_along(encoder_settings: Callable[[str], Any]) -> None:
+    """No gradient reaches it: it is neither trained, nor stored, nor counted."""
+    encoder = encoder_settings("parakeet").build()
+    own = encoder.network.state_dict()
+    assert encoder.state_dict().keys() == {f"network.{name}" for name in own}
+    assert parameters(encoder)[0] == sum(value.numel() for value in encoder.network.parameters())
+    whole = torch.nn.Sequential(encoder).requires_grad_(True)
+
+    def weights() -> list[Tensor]:
+        return list(encoder.ctc_head.parameters())
+
+    assert len(weights()) == 2
+    assert not any(value.requires_grad for value in weights())
+    whole.double()
+    assert {value.dtype for value in weights()} == {torch.float64}
+    encoder.store(torch.bfloat16)
+    assert {value.dtype for value in weights()} == {torch.bfloat16}
+    whole.to("meta")
+    assert {value.device.type for value in weights()} == {"meta"}
 
 
 def test_only_the_conformer_can_spell(encoder: Encoder, encoder_name: str) -> None:

@@ -63,6 +63,18 @@ def assert_batch_is_sum(model: SpeechLLM, waves: Waves) -> None:
     assert total > 0
 
 
+def test_the_summary_counts_as_papers_do(join: Join) -> None:
+    model = join(encoder="whisper")
+    every, sinusoids = (
+        sum(value.numel() for value in part.parameters())
+        for part in (model.encoder, model.encoder.network.embed_positions)
+    )
+    first, second, *_ = model.summary()
+    assert first == f"encoder: {every - sinusoids:,} parameters, 0 of them trained"
+    projector = sum(value.numel() for value in model.projector.parameters())
+    assert second == f"projector: {projector:,} parameters, {projector:,} of them trained"
+
+
 def test_loss_of_each_encoder(encoder: Encoder, join: Join, waves: Waves) -> None:
     assert_batch_is_sum(join("llama", encoder), waves)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from isthmus.scoring import Score, paired_bootstrap, score
+from isthmus.scoring import Score, paired_bootstrap, paired_mean, score
 
 REFERENCES = {f"u{index}": "a b c d" for index in range(120)}
 
@@ -25,6 +25,17 @@ def test_same_rate_on_other_utterances_is_no_difference() -> None:
     assert result.difference == 0.0
     assert result.interval[0] < 0 < result.interval[1]
     assert result.p_value > 0.5
+
+
+def test_sets_are_averaged_each_with_the_same_weight() -> None:
+    few = {"a": "a b", "b": "c d"}
+    better = score(few, few, resamples=0)
+    worse = score(few, {"a": "x y", "b": "c d"}, resamples=0)
+    pairs = [(system(2), system(40)), (better, worse)]
+    result = paired_mean(pairs, resamples=500)
+    assert result.difference == pytest.approx(((60 - 3) / 480 - 0.5) / 2)
+    assert result.interval[0] == pytest.approx((57 / 480 - 1) / 2, abs=0.03)
+    assert paired_mean(pairs[:1], resamples=500) == paired_bootstrap(*pairs[0], resamples=500)
 
 
 def test_a_real_difference_is_found_and_has_a_sign() -> None:

@@ -13,6 +13,7 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import BarePrompt
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.training import alignment
 from isthmus.training.alignment import BLANK, TEMPERATURE, alignment_loss
 
 LoadLLM = Callable[..., LLM]
@@ -39,25 +40,44 @@ def tokens(llm: LLM, text: str) -> Tensor:
 
 
 def test_by_hand(llm: LLM) -> None:
-    """Two embeddings, one token: said in the first, in the second, or in both."""
+    """Two embeddings, one token of all there are: said in the first, in the second, or in both."""
     direction = torch.randn(llm.dim, generator=torch.Generator().manual_seed(0))
     audio = torch.stack([llm.embed(tokens(llm, "a"))[0] * 5, direction]).detach()
-    likeness = nn.functional.cosine_similarity(audio, llm.embed(tokens(llm, "a")))
-    odds = [math.exp((like - BLANK) / TEMPERATURE) for like in likeness.tolist()]
-    said = [one / (1 + one) for one in odds]
-    probability = said[0] * said[1] + said[0] * (1 - said[1]) + (1 - said[0]) * said[1]
+    table = llm.embed(torch.arange(len(llm.tokenizer))).detach()
+    likeness = nn.functional.cosine_similarity(audio[:, None], table[None], dim=-1)
+    weights = torch.exp(torch.cat([torch.full((2, 1), BLANK), likeness], dim=1) / TEMPERATURE)
+    shares = weights / weights.sum(dim=1, keepdim=True)
+    silent, said = shares[:, 0].tolist(), shares[:, 1 + int(tokens(llm, "a"))].tolist()
+    probability = said[0] * said[1] + said[0] * silent[1] + silent[0] * said[1]
     found = alignment_loss(llm, [audio], ["a"])
     torch.testing.assert_close(found, torch.tensor(-math.log(probability)), atol=1e-4, rtol=1e-4)
 
 
-def test_padding_and_neighbours_of_the_same_words_change_nothing(llm: LLM) -> None:
+@pytest.mark.parametrize("others", [3, alignment.OTHERS])  # of all tokens: a few, or each
+@pytest.mark.parametrize("neighbour", ["abba", "the quick brown fox", ""])
+def test_neighbours_have_no_say(
+    llm: LLM, neighbour: str, others: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(alignment, "OTHERS", others)
+    alignment._others.cache_clear()
     generator = torch.Generator().manual_seed(1)
-    audio = [torch.randn(length, llm.dim, generator=generator) for length in (9, 4)]
-    together = alignment_loss(llm, audio, ["abba", "bab"])
-    alone = [
-        alignment_loss(llm, [row], [text]) for row, text in zip(audio, ["abba", "bab"], strict=True)
-    ]
-    torch.testing.assert_close(together, sum(alone, torch.zeros(())), atol=1e-4, rtol=1e-5)
+    own, other = (torch.randn(length, llm.dim, generator=generator) for length in (9, 30))
+    own.requires_grad_()
+    alone = alignment_loss(llm, [own], ["abba"])
+    (gradient,) = torch.autograd.grad(alone, own)
+    together = alignment_loss(llm, [own, other], ["abba", neighbour])
+    assert torch.equal(torch.autograd.grad(together, own)[0], gradient)
+    assert together == alone + alignment_loss(llm, [other], [neighbour])
+    alignment._others.cache_clear()
+
+
+def test_a_large_vocabulary_is_drawn_from() -> None:
+    drawn = alignment._others(32_000)
+    alignment._others.cache_clear()
+    assert drawn == alignment._others(32_000)
+    assert len(set(drawn)) == alignment.OTHERS
+    assert max(drawn) > 30_000
+    assert sorted(alignment._others(50)) == list(range(50))
 
 
 @pytest.mark.parametrize(("length", "text"), [(3, "abcd"), (3, ""), (0, "a"), (2, "aa")], ids=str)
@@ -70,9 +90,8 @@ def test_what_cannot_be_aligned_has_no_part(llm: LLM, length: int, text: str) ->
         assert audio.grad is not None
         assert audio.grad.isfinite().all()
     assert loss.isfinite()
-    assert alone == 0
-    if text:
-        assert loss < 20  # the silence of the other, no more
+    assert alone > 0  # silence is to be learnt, too
+    assert (loss == alone) == bool(text)
 
 
 def test_the_tokens_stay_where_they_are(llm: LLM) -> None:

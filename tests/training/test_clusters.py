@@ -93,6 +93,33 @@ def test_units_are_made_of_training_data_and_trained_with(
         make_units(settings, tmp_path / "c.safetensors", 1000)
 
 
+def test_data_are_looked_up_before_the_encoder(
+    recipe: Callable[..., Recipe], tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    absent = {"type": "conformer", "path": "nowhere/to-be-found"}
+    file = tmp_path / "units.safetensors"
+    lost = recipe({}, encoder=absent, data={"train": [str(tmp_path / "lost.jsonl")]})
+    with pytest.raises(IsthmusError, match=r"lost\.jsonl"):
+        make_units(lost, file, 6)
+    data = dict(lost.data) | {"train": recipe({}).data.train, "languages": ["en"]}
+    with pytest.raises(IsthmusError, match=r"data\.languages names 'en'"):
+        make_units(recipe({}, encoder=absent, data=data), file, 6)
+
+
+def test_what_the_encoder_cannot_take(
+    recipe: Callable[..., Recipe], speech: Path, tmp_path: Path, model_folder: Callable[[str], Path]
+) -> None:
+    soundfile.write(speech / "long.flac", np.zeros(31 * 16_000), 16_000)
+    (speech / "long.txt").write_text("d")
+    whisper = {"type": "whisper", "path": str(model_folder("whisper"))}
+    data = {"train": [str(speech)], "max_seconds": 40}
+    file = tmp_path / "units.safetensors"
+    with pytest.raises(IsthmusError, match=r"1 of 4 utterances of data\.train are longer than"):
+        make_units(recipe({}, encoder=whisper, data=data), file, 6)
+    some = recipe({}, encoder=whisper, data=data | {"max_bad_fraction": 0.3})
+    assert make_units(some, file, 6) == 50 + 55 + 60  # of the other three
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_with_each_projector(
     name: str,

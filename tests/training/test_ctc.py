@@ -7,8 +7,9 @@ import pytest
 import soundfile
 import torch
 
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
+from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
 from isthmus.model.features import LogMelSettings
+from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import CTCDataSettings, CTCRecipe
 from isthmus.speech.augment import SpecAugment
 from isthmus.speech.corpora import read_corpus

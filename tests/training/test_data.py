@@ -10,12 +10,13 @@ import pytest
 import soundfile
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC, letter_tokenizer
+from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
 from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import LLMSettings
 from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import Corpus, CTCRecipe, DataSettings, JoinSettings, Recipe
 from isthmus.speech.augment import Augmentation, Padding, Speed
 from isthmus.training.batches import SpeechData, join_utterances

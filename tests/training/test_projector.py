@@ -70,7 +70,6 @@ def loss(task: SpeechTask, training: bool, seed: int = 0) -> float:
 RANDOM: dict[str, dict[str, Any]] = {
     "masking": {"text_masking": 0.5},
     "masking-by-language": {"text_masking": {"pl": 0.9, "default": 0.1}},
-    "alignment": {"alignment_weight": 0.3},
 }
 
 
@@ -132,9 +131,35 @@ def test_the_alignment_loss_stands_apart(make: Make, tmp_path: Path) -> None:
         for weight in (0.5, 0.0)
     )
     assert "alignment_loss" not in without
-    total = without["loss"] + 0.5 * with_it["alignment_loss"]
-    assert with_it["loss"] == pytest.approx(total, rel=1e-5)
+    assert with_it["alignment_loss"] > 0
+    assert with_it["loss"] == without["loss"]  # the transcripts' cross-entropy, as dev_loss is
+    assert with_it["gradient_norm"] != without["gradient_norm"]
     assert with_it["dev_loss"] != without["dev_loss"]  # another step was made
+
+
+def test_the_gradient_is_that_of_both_losses(make: Make) -> None:
+    def gradient(weight: float) -> torch.Tensor:
+        task = task_of(make(train={"alignment_weight": weight}))
+        task.module.train()
+        found = task.loss(task.load([(0,), (5,)], 0))
+        values = list(task.trainable().values())
+        return torch.cat([one.flatten() for one in torch.autograd.grad(found.total, values)])
+
+    without, half, whole = map(gradient, (0.0, 0.5, 1.0))
+    assert (whole - without).norm() > 1e-3
+    torch.testing.assert_close(half - without, (whole - without) / 2, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("encoder", "seconds"), [("whisper", 60.0), ("conformer", 0.4 + 1.4)])
+def test_the_encoders_work_is_counted_with_its_padding(
+    encoder: str, seconds: float, make: Make
+) -> None:
+    task = task_of(make(encoder))
+    found = task.loss(task.load([(0,), (5,)], 0))
+    model = task.module
+    weights = sum(value.numel() for value in model.encoder.parameters())
+    llm = model.flops(found.positions - found.padding, found.units, [])
+    assert found.flops - llm == pytest.approx(2 * weights * model.encoder.frame_rate * seconds)
 
 
 def test_prompts_are_drawn_anew_each_epoch_but_not_in_validation(make: Make) -> None:

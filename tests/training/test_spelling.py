@@ -22,8 +22,9 @@ from isthmus.model.spelling import LETTERS, SentencePieceUnits, for_ctc
 from isthmus.recipe import CTCRecipe
 from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import fits_model
+from isthmus.training.parallel import Ranks
 from isthmus.training.runs import Opening, pretrain_ctc
-from isthmus.training.spelling import UNITS, texts_of
+from isthmus.training.spelling import UNITS, run_units, texts_of
 
 TEXTS = ["eins zwei drei", "fünf sechs", "one two three", "müde żółw"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -102,7 +103,47 @@ def test_pieces_are_learnt_from_the_languages_that_are_trained(corpus: Path) -> 
     only = {"train": [str(corpus)], "languages": ["en"]}
     assert texts_of(recipe(corpus, data=only)) == ["one two three"]
     with pytest.raises(IsthmusError, match="no text to learn"):
-        texts_of(recipe(corpus, data={"train": [str(corpus)], "languages": ["de"]}))
+        texts_of(recipe(corpus, data={"train": []}))
+
+
+def test_an_unknown_language_is_said_before_pieces_are_learnt(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*arguments: Any) -> None:
+        raise AssertionError("minutes, for nothing")
+
+    monkeypatch.setattr(SentencePieceUnits, "tokenizer", never)
+    wrong = recipe(corpus, data={"train": [str(corpus)], "languages": ["en", "de"]})
+    with pytest.raises(IsthmusError, match=r"data\.languages names 'de'"):
+        pretrain_ctc(wrong, tmp_path / "run")
+
+
+class Follower(Ranks):
+    """The second of two processes; the first has learnt `lines`."""
+
+    def __init__(self, lines: list[str]) -> None:
+        super().__init__()
+        self.rank, self.lines = 1, lines
+
+    def gather(self, lines: list[str]) -> list[str]:
+        return self.lines + lines
+
+
+def test_only_the_leading_process_learns(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    units = recipe(corpus).units
+    assert units is not None
+    learnt = units.tokenizer(TEXTS)
+
+    def never(*arguments: Any) -> None:
+        raise AssertionError("learnt by the other")
+
+    monkeypatch.setattr(SentencePieceUnits, "tokenizer", never)
+    follower = Follower([learnt.backend_tokenizer.to_str()])
+    found = run_units(recipe(corpus), tmp_path, follower, resumed=False)
+    assert found is not None
+    assert found.get_vocab() == learnt.get_vocab()
 
 
 def test_words_have_times(waves: Callable[..., Tensor]) -> None:

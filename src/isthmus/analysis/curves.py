@@ -135,7 +135,7 @@ def _window(runs: Sequence[RunAccuracy]) -> int:
 
 
 def write_emergence(runs: Sequence[RunAccuracy], file: Path) -> None:
-    """A page (.html) or a drawing alone (.svg). Raises IsthmusError for another kind of file."""
+    """A page (.html) or a drawing alone (.svg). Raises IsthmusError as `check_output` does."""
     check_output(file)
     drawing = emergence_svg(runs)
     if file.suffix == DRAWING:
@@ -159,16 +159,12 @@ def write_emergence(runs: Sequence[RunAccuracy], file: Path) -> None:
     write_atomic(file, page("Capability emergence", sections, ", ".join(r.folder for r in runs)))
 
 
-def check_output(file: Path) -> None:
-    """Raise IsthmusError unless it is a file that can be written here."""
-    if file.suffix != DRAWING:
-        check_page(file, f"neither {PAGE} nor {DRAWING}")
-
-
-def check_page(file: Path, otherwise: str = f"no {PAGE}") -> None:
-    """Raise IsthmusError unless the file is a page; `otherwise` it is that."""
-    if file.suffix != PAGE:
-        raise IsthmusError(f"--output {file} is {otherwise}. Name such a file.")
+def check_output(file: Path, kinds: Sequence[str] = (PAGE, DRAWING)) -> None:
+    """Raise IsthmusError for a file of another kind, and for one that exists."""
+    if file.suffix not in kinds:
+        raise IsthmusError(f"--output {file} does not end in {' or '.join(kinds)}. Name another.")
+    if file.exists():
+        raise IsthmusError(f"{file} exists. Name another file with --output, or delete it.")
 
 
 def emergence_row(run: RunAccuracy) -> tuple[str, str, str, str, str]:

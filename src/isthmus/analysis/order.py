@@ -28,9 +28,9 @@ from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_
 from isthmus.speech.audio import SAMPLE_RATE
 
 if TYPE_CHECKING:
+    from lhotse.cut import Cut
     from numpy.typing import NDArray
 
-    from isthmus.decoding.transcriber import Transcriber
     from isthmus.model.speech_llm import SpeechLLM
 
 RESAMPLES = 1000
@@ -88,23 +88,18 @@ class Order:
         return means | {"utterances": [asdict(one) for one in self.utterances]}
 
 
-def pick_spoken(
-    transcriber: "Transcriber", corpora: Sequence[str], number: int, seed: int
-) -> list[Spoken]:
-    """At most `number` utterances of corpora, by chance, that the model can take.
+def pick_spoken(model: "SpeechLLM", cuts: Sequence["Cut"], number: int, seed: int) -> list[Spoken]:
+    """At most `number` of utterances, by chance, that the model can take.
 
     Raises IsthmusError when there is none.
     """
-    from isthmus.analysis.evaluate import load_sets
     from isthmus.speech.corpora import load_cut
     from isthmus.training.batches import transcript
 
-    sets, _ = load_sets(corpora)
-    cuts = [cut for cuts in sets.values() for cut in cuts]
     found: list[Spoken] = []
     for place in np.random.default_rng(seed).permutation(len(cuts)).tolist():
         cut, text = cuts[place], transcript(cuts[place])
-        fault = transcriber.model.fault(cut.duration)
+        fault = model.fault(cut.duration)
         if len(found) < number and text.strip() and fault is None:
             found.append(Spoken(cut.id, load_cut(cut), text))
     if not found:

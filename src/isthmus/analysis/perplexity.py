@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from isthmus.decoding.job import is_corpus
+from isthmus.decoding.inputs import is_corpus
 from isthmus.decoding.transcriber import run_folder
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, LLMSettings

@@ -1,28 +1,30 @@
 """What a recipe takes before anything is downloaded: sizes, memory, arithmetic, hours."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lhotse.cut import Cut
+
 from isthmus.analysis.sizes import (
     activation_bytes,
-    encoded_seconds,
     frame_bytes,
     mean_batch,
-    parameters,
     sized_model,
     token_count,
     uses_cache,
     weight_bytes,
 )
 from isthmus.errors import IsthmusError, suggest
-from isthmus.model.encoder import PairSettings, WhisperEncoder
+from isthmus.model.encoder import Encoder, PairSettings, WhisperEncoder, parameters
 from isthmus.model.presets import PRESETS
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Corpus, Recipe
+from isthmus.recipe import Corpus, DataSettings, Recipe
 from isthmus.speech.corpora import read_corpus
+from isthmus.training.batches import transcript
 from isthmus.training.hardware import PEAKS
+from isthmus.training.languages import allotment, check_named, chosen, language
 
 HOURS = 960.0  # LibriSpeech ...
 MEAN_SECONDS = 12.3  # ... and its mean utterance
@@ -166,12 +168,11 @@ def make_plan(
     hardware = hardware or Hardware()
     an_hour = hardware.flops_an_hour()
     with sized_model(recipe) as model:
-        speech = heard_speech(recipe, model.llm.tokenizer, hours, mean_seconds)
+        speech = heard_speech(recipe, model, hours, mean_seconds)
         seconds, tokens = speech.mean_seconds, math.ceil(speech.mean_tokens)
         positions = model.positions(seconds, tokens)
-        encoded = encoded_seconds(model.encoder, seconds)
-        flops = model.flops(positions, tokens, 0.0 if uses_cache(recipe) else encoded)
-        filling = model.flops(0, 0, encoded)
+        flops = model.flops(positions, tokens, [] if uses_cache(recipe) else [seconds])
+        filling = model.flops(0, 0, [seconds])
         batch = mean_batch(recipe, seconds, positions)
         activations = round(batch * activation_bytes(model, recipe, seconds, tokens))
         parts = _parts(recipe, model, hardware)  # last: it quantises
@@ -203,39 +204,59 @@ def make_plan(
 
 
 def heard_speech(
-    recipe: Recipe, tokenizer: Any, hours: float | None, mean_seconds: float | None
+    recipe: Recipe, model: SpeechLLM, hours: float | None, mean_seconds: float | None
 ) -> Speech:
-    """What data.train holds, or read English of so many hours in utterances of so many seconds."""
+    """What data.train holds, or read English of so many hours in utterances of so many seconds.
+
+    Raises IsthmusError where data.languages leaves nothing of what data.train holds.
+    """
+    tokenizer = model.llm.tokenizer
     source = "read English is supposed"
     if hours is None and mean_seconds is None and recipe.data.train:
         try:
-            return _manifests(recipe, tokenizer)
+            cuts = _manifests(recipe, model.encoder)
         except (IsthmusError, OSError):
             source = "data.train cannot be read here: read English is supposed"
+        else:
+            return _drawn(recipe.data, cuts, tokenizer)
     seconds = mean_seconds or MEAN_SECONDS
     letters = round(seconds * LETTERS_A_SECOND)
     text = (ENGLISH * (letters // len(ENGLISH) + 1))[:letters]
     return Speech(hours or HOURS, seconds, token_count(tokenizer, [text]), source)
 
 
-def _manifests(recipe: Recipe, tokenizer: Any) -> Speech:
-    durations: list[float] = []
-    texts: list[str] = []
+def _manifests(recipe: Recipe, encoder: Encoder) -> list[Cut]:
+    """Utterances of data.train that are not too long, as often as each is repeated."""
+    limit = min(recipe.data.max_seconds, encoder.max_seconds or math.inf)
+    cuts: list[Cut] = []
     for entry in recipe.data.train:
         corpus = Corpus(path=entry, repeat=1) if isinstance(entry, str) else entry
-        cuts = [
-            cut
-            for cut in read_corpus(corpus.path)
-            if cut.supervisions and 0 < cut.duration <= recipe.data.max_seconds
-        ]
-        durations += [float(cut.duration) for cut in cuts] * corpus.repeat
-        texts += [cut.supervisions[0].text or "" for cut in cuts]
-    if not durations:
+        found = read_corpus(corpus.path)
+        fitting = [cut for cut in found if cut.supervisions and 0 < cut.duration <= limit]
+        cuts += fitting * corpus.repeat
+    if not cuts:
         raise IsthmusError("data.train holds nothing to train on.")
-    some = texts[:: math.ceil(len(texts) / COUNTED_TEXTS)]
-    seconds = sum(durations)
-    tokens = token_count(tokenizer, some)
-    return Speech(seconds / 3600, seconds / len(durations), tokens, "data.train")
+    return cuts
+
+
+def _drawn(data: DataSettings, cuts: Sequence[Cut], tokenizer: Any) -> Speech:
+    """What an epoch of utterances holds, each language as often as it is drawn."""
+    cuts = chosen(cuts, data.languages, "data.train")
+    temperature = data.language_temperature
+    if temperature is not None:
+        check_named(cuts)
+    groups: dict[str, list[Cut]] = {}
+    for cut in cuts:
+        groups.setdefault("" if temperature is None else language(cut), []).append(cut)
+    counts = {name: len(group) for name, group in groups.items()}
+    seconds = tokens = 0.0
+    for name, number in allotment(counts, temperature or 1).items():
+        group = groups[name]
+        seconds += number * math.fsum(cut.duration for cut in group) / len(group)
+        some = group[:: math.ceil(len(group) / COUNTED_TEXTS)]
+        tokens += number * token_count(tokenizer, [transcript(cut) for cut in some])
+    source = "data.train" + (", drawn by data.language_temperature" if temperature else "")
+    return Speech(seconds / 3600, seconds / len(cuts), tokens / len(cuts), source)
 
 
 def _parts(recipe: Recipe, model: SpeechLLM, hardware: Hardware) -> dict[str, Part]:

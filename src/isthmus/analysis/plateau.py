@@ -99,6 +99,14 @@ class PlateauWatch:
     def __call__(self, metrics: Metrics) -> None:
         if self._done or self.task is None:
             return
+        try:
+            self._look(self.task, metrics)
+        except Exception as error:  # any: a run of days must not end because it is looked at
+            self._done, self._before = True, None
+            reason = f"{type(error).__name__}: {error}".partition("\n")[0]
+            log.warning("why accuracy does not jump cannot be looked into: %s", reason)
+
+    def _look(self, task: SpeechTask, metrics: Metrics) -> None:
         if "skipped" not in metrics:
             self._recent.append(metrics)
             self._monitor.update(metrics["step"], metrics["accuracy"])
@@ -106,9 +114,9 @@ class PlateauWatch:
         if self._done:
             self._before = None
         elif self._before is not None:
-            self._diagnose(self.task)
+            self._diagnose(task)
         elif self._due(metrics["step"]) and on_plateau(self._recent):
-            self._before = _projector(self.task.module)
+            self._before = _projector(task.module)
 
     def _due(self, step: int) -> bool:
         """Whether a jump is overdue, and enough steps were seen (after a resume there are few)."""
@@ -200,7 +208,7 @@ def upper_case(evidence: Evidence) -> str | None:
 def end_token(evidence: Evidence) -> str | None:
     model, text = evidence.model, next(filter(str.strip, evidence.texts), "a")
     tokenizer = model.llm.tokenizer
-    pieces = tokenise(model.prompt, tokenizer, text)
+    pieces = tokenise(model.prompts[0], tokenizer, text)
     supervised = [token for piece in pieces if piece.loss for token in piece.tokens or ()]
     if model.end_token == tokenizer.unk_token_id:
         return "the end token is the tokenizer's unknown token: set eos_token in its configuration."

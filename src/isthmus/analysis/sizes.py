@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.model.encoder import Encoder, EncoderSettings, WhisperEncoder
+from isthmus.model.encoder import Encoder, EncoderSettings, parameters
 from isthmus.model.layers import decoder_layers
 from isthmus.model.llm import LLMSettings
 from isthmus.model.parts import on_meta
@@ -24,7 +24,6 @@ from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
 from isthmus.speech.audio import SAMPLE_RATE
 
-WHISPER_SECONDS = 30.0
 NF4_BITS = 4.5  # of a weight, with its share of a scale for every 64
 
 
@@ -38,18 +37,6 @@ def sized_model(recipe: Recipe) -> Iterator[SpeechLLM]:
     plain = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"quantise": "none"})})
     with on_meta(), _quiet():
         yield plain.build()
-
-
-def parameters(module: nn.Module) -> tuple[int, int]:
-    """Parameters and how many of them are trained, without Whisper's fixed sinusoids."""
-    fixed = {
-        id(part.network.embed_positions.weight)
-        for part in module.modules()
-        if isinstance(part, WhisperEncoder)
-    }
-    values = [value for value in module.parameters() if id(value) not in fixed]
-    trained = sum(value.numel() for value in values if value.requires_grad)
-    return sum(value.numel() for value in values), trained
 
 
 def preset_parameters(name: str) -> int:
@@ -108,7 +95,7 @@ def activation_bytes(model: SpeechLLM, recipe: Recipe, seconds: float, tokens: i
     if not uses_cache(recipe) and any(True for _ in model.encoder.parameters()):
         layers = layer_values(model.encoder, model.encoder.dim)
         passing = recipe.encoder.tune == "frozen"  # a layer's go when the next one's come
-        samples = int(encoded_seconds(model.encoder, seconds) * SAMPLE_RATE)
+        samples = int(model.encoder.encoded_seconds(seconds) * SAMPLE_RATE)
         kept = max(layers) if passing else sum(layers)
         total += model.encoder.output_length(samples) * kept * number
     return total
@@ -140,12 +127,6 @@ def frame_bytes(recipe: Recipe, encoder: Encoder, seconds: float) -> int:
     """An utterance's frames in the feature cache, in bfloat16 unless the recipe says otherwise."""
     number = 4 if recipe.data.feature_cache == "float32" else 2
     return encoder.output_length(int(seconds * SAMPLE_RATE)) * encoder.dim * number
-
-
-def encoded_seconds(encoder: Encoder, seconds: float) -> float:
-    """What the encoder works on for an utterance: Whisper's is padded."""
-    padded = any(isinstance(p, WhisperEncoder) and p.pad_to_30s for p in encoder.modules())
-    return max(seconds, WHISPER_SECONDS) if padded else seconds
 
 
 def mean_batch(recipe: Recipe, seconds: float, positions: int) -> float:

@@ -24,12 +24,12 @@ from isthmus.recipe import (
     LanguageRecipe,
     Recipe,
     checked_settings,
+    named_models,
 )
 from isthmus.recipe_files import parse_yaml, read_recipe
 from isthmus.speech.utterances import expand_path, find_corpus
 
 SWEEP = "${SWEEP}"
-PARTS = ("encoder", "llm")  # that are loaded from a path
 
 AnyExperiment = TypeVar("AnyExperiment", bound=Experiment)
 
@@ -94,6 +94,8 @@ class Scale(PartSettings):
     """Settings of the base to change in all rows."""
     test: dict[str, str] = Field(min_length=1)
     """Corpora that each run is tested on, by name."""
+    average: Literal["words", "sets"] = "words"
+    """What all test sets together mean: all their words pooled, or the mean of the sets' rates."""
     rows: tuple[Row, ...] = Field(min_length=1)
     against: str | None = None
     """The row that all are compared with; the first unless given."""
@@ -192,6 +194,10 @@ class Plan:
     def run_folder(self, run: Run) -> Path:
         return self.folder / "runs" / run.name
 
+    def found(self, corpus: str) -> str:
+        """A corpus of the sweep, with this folder for `${SWEEP}`."""
+        return corpus.replace(SWEEP, str(self.folder))
+
     def state_folder(self, name: str) -> Path:
         """For locks and faults: a run's own folder holds nothing but the run."""
         return self.folder / "state" / name
@@ -203,8 +209,8 @@ class Plan:
         """
         text = json.dumps(experiment.model_dump(mode="json"))
         values = json.loads(text.replace(SWEEP, json.dumps(str(self.folder))[1:-1]))
-        for part, key in ((values, "start_from"), *((values.get(n, {}), "path") for n in PARTS)):
-            if "$" in (part.get(key) or ""):
+        for part, key in named_models(values):
+            if "$" in part[key]:
                 part[key] = str(expand_path(part[key]))
         return type(experiment).model_validate(values)
 
@@ -220,7 +226,7 @@ class Plan:
         return Shared(speech, dict(reversed(models.items())))
 
     def corpora(self, runs: Sequence[Run]) -> list[str]:
-        """All that is trained, validated and tested on, but for what the sweep makes."""
+        """All that is trained, pretrained, validated and tested on."""
         pretrained = [
             one for one in self.shared(runs).models.values() if isinstance(one, CTCRecipe)
         ]
@@ -229,12 +235,14 @@ class Plan:
         entries = [entry for one in data for entry in (*one.train, *one.dev)]
         named = [entry if isinstance(entry, str) else entry.path for entry in entries]
         named += self.scale.test.values()
-        return [name for name in dict.fromkeys(named) if SWEEP not in name]
+        return list(dict.fromkeys(named))
 
     def check_data(self, runs: Sequence[Run]) -> None:
         """Raise IsthmusError, with a remedy, for corpora that are not there."""
         faults: dict[str, str] = {}
         for name in self.corpora(runs):
+            if SWEEP in name:
+                continue  # which is made
             try:
                 find_corpus(name)
             except IsthmusError as error:
@@ -258,8 +266,7 @@ def make_plan(name: str, scale: str, folder: Path) -> Plan:
     Raises IsthmusError for a sweep, a scale or a setting that does not exist.
     """
     file = find_sweep(name)
-    values = parse_yaml(file.read_text(encoding="utf-8"))
-    sweep = checked_settings(Sweep, values, f"{file} is not a valid sweep")
+    sweep = read_sweep(file)
     known = {str(key): value for key, value in sweep.scales.items()}
     if scale not in known:
         raise IsthmusError(f"{name} has no scale {scale!r}. It has: {', '.join(known)}.")
@@ -271,6 +278,35 @@ def make_plan(name: str, scale: str, folder: Path) -> Plan:
         fault = f"{file}, row {row.name!r}: {base} so changed is not a valid recipe"
         runs.append(Run(row, checked_settings(Recipe, settings, fault), chosen.test))
     return Plan(file.stem, sweep, chosen, folder.absolute() / scale, tuple(runs))
+
+
+def read_sweep(file: Path) -> Sweep:
+    """A sweep with its scales complete: `like` names a file of what several scales share.
+
+    It lies beside the sweep, or is shipped; a scale's own keys replace those in it. Raises
+    IsthmusError.
+    """
+    values = parse_yaml(file.read_text(encoding="utf-8"))
+    given = values.get("scales") if isinstance(values, dict) else None
+    scales: dict[str, Any] = given if isinstance(given, dict) else {}
+    for name, scale in scales.items():
+        if isinstance(scale, dict) and "like" in scale:
+            shared = _shared_settings(file, f"scales.{name}.like", str(scale["like"]))
+            scales[name] = shared | {key: value for key, value in scale.items() if key != "like"}
+    return checked_settings(Sweep, values, f"{file} is not a valid sweep")
+
+
+def _shared_settings(file: Path, key: str, like: str) -> dict[str, Any]:
+    for folder in (file.parent, *(one.parent for one in shipped_sweeps().values())):
+        if (folder / like).is_file():
+            found = parse_yaml((folder / like).read_text(encoding="utf-8"))
+            if isinstance(found, dict):
+                return found
+            raise IsthmusError(f"{file}: {key}: {folder / like} holds no settings of a scale.")
+    raise IsthmusError(
+        f"{file}: {key}: no file {like!r} beside it, nor among the shipped sweeps, which have "
+        "shared/tiny.yaml."
+    )
 
 
 def pretraining(model: Model | str) -> CTCRecipe | LanguageRecipe:
@@ -312,7 +348,6 @@ def sweep_titles() -> dict[str, dict[str, Any]]:
     """Title, source and scales of each shipped sweep."""
     found = {}
     for name, file in shipped_sweeps().items():
-        values = parse_yaml(file.read_text(encoding="utf-8"))
-        sweep = checked_settings(Sweep, values, f"{file} is not a valid sweep")
+        sweep = read_sweep(file)
         found[name] = {"title": sweep.title, "source": sweep.source, "scales": list(sweep.scales)}
     return found

@@ -14,9 +14,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,21 +29,27 @@ from isthmus.analysis.evaluate import Evaluation, evaluate, load_sets
 from isthmus.analysis.perplexity import word_perplexity
 from isthmus.analysis.report import Curves
 from isthmus.analysis.svg import downsample, moving_mean
-from isthmus.analysis.sweep import SWEEP, Plan, Run
+from isthmus.analysis.sweep import Plan, Run, Speech
+from isthmus.analysis.sweep_checks import (
+    Checks,
+    check_stamp,
+    corpus_digests,
+    shared_folders,
+    stamp_file,
+)
 from isthmus.analysis.sweep_table import Table, write_tables
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, MANIFEST, FolderLock, read_json, require_space, write_atomic
-from isthmus.model.parts import source
-from isthmus.recipe import CTCRecipe, LanguageRecipe, checked_settings
+from isthmus.model.encoder import parameters
+from isthmus.recipe import CTCRecipe, LanguageRecipe
 from isthmus.scoring import normaliser
 from isthmus.speech.synthesis import draw_texts, synthesise_corpus
-from isthmus.training.batches import SpeechData, transcript
+from isthmus.training.batches import transcript
 from isthmus.training.checkpoint import Progress
 from isthmus.training.folder import ENVIRONMENT
 from isthmus.training.loop import METRICS, OnStep
 from isthmus.training.runs import (
-    DATA,
     MODEL,
     PARTS,
     Opening,
@@ -71,13 +77,12 @@ class Sweeper:
     plan: Plan
     observe: Observe  # gives an observer of so many training steps
     allow_change: Collection[str] = ()  # as of Opening, for runs that were begun
-    failed: dict[str, str] = field(default_factory=dict)  # row -> why
 
     def reproduce(self, only: Collection[str] = ()) -> Table:
         """Do what is left of the rows, or of those named, and write the table after each.
 
         Rows that another process is at are looked at again until they are finished. A row that
-        cannot be done is listed in `failed`, and the others go on.
+        cannot be done is listed in the table's `failed`, and the others go on.
 
         Raises:
             IsthmusError: before anything is done, for unknown rows and corpora that are not there.
@@ -94,14 +99,15 @@ class Sweeper:
             todo = [run for run in waiting if not (plan.run_folder(run) / RESULT).exists()]
             if todo:
                 plan.check_data(todo)
+            said: list[Run] = []
             while waiting:
                 busy = [run for run in waiting if not self._visit(run)]
-                if busy and len(busy) < len(waiting):
+                if busy and busy != said:
                     names = ", ".join(run.row.name for run in busy)
                     log.info("Other processes are at %s: waiting for them.", names)
                 if busy:
                     time.sleep(POLL_SECONDS)
-                waiting = busy
+                waiting = said = busy
             return self._write_tables()
         except OSError as error:
             if error.errno not in FULL:
@@ -110,6 +116,10 @@ class Sweeper:
                 f"{error.filename or plan.folder} cannot be written: {error.strerror}. Nothing "
                 "finished is lost: make room, and give the same command again."
             ) from error
+
+    @cached_property
+    def _checks(self) -> Checks:
+        return Checks(self.plan)
 
     @property
     def _opening(self) -> Opening:
@@ -129,7 +139,6 @@ class Sweeper:
                 raise
             except (IsthmusError, torch.OutOfMemoryError) as error:
                 log.error("Row %s failed: %s", run.row.name, error)
-                self.failed[run.row.name] = str(error)
                 write_atomic(fault, f"{error}\n")
                 new = True
         if new:
@@ -143,16 +152,23 @@ class Sweeper:
         new = result is None
         if result is None:
             log.info("Row %s: %s", run.row.name, folder)
-            self._make_shared(run)
+            for shared, settings in shared_folders(self.plan, run):
+                self._make_shared(shared, settings)
+            # Before it is trained on: what changes from then on is refused by the training.
+            speech = corpus_digests(self.plan, self.plan.corpora([run]))
             recipe = self.plan.expanded(run.recipe)
             with self.observe(recipe.train.steps) as on_step:
                 end = train(recipe, folder, self._opening, on_step=on_step)
             gc.collect()  # two large models need not fit at once
             transcriber = load(str(folder), cached=True)
-            result = self._measure(run, transcriber, end)
+            test = self.plan.scale.test
+            result = self._measure(run, transcriber, end) | {
+                "test": {name: speech[path] for name, path in test.items()},
+                "corpora": {k: v for k, v in speech.items() if k not in test.values()},
+            }
             _write_json(folder / RESULT, result)
         else:
-            self._check(run, result)
+            self._checks.check(run, result)
             transcriber = None
         if "perplexity" in self.plan.sweep.measure and "perplexity" not in result:
             transcriber = transcriber or load(str(folder), cached=True)
@@ -163,48 +179,38 @@ class Sweeper:
 
     def _perplexity(self, transcriber: Transcriber) -> dict[str, Any]:
         """The LLM's, a word of the transcripts of each test set."""
-        test, normalise = self._test, normaliser("lower")
+        normalise = normaliser("lower")
         found = {}
-        for name, cuts in zip(test, load_sets(list(test.values()))[0].values(), strict=True):
+        sets = load_sets(self._test)[0].values()
+        for name, cuts in zip(self.plan.scale.test, sets, strict=True):
             texts = [normalise(transcript(cut)) for cut in cuts]
             found[name] = word_perplexity(transcriber.model.llm, texts).to_dict()
         return found
 
-    @cached_property
-    def _test(self) -> dict[str, str]:
+    @property
+    def _test(self) -> list[str]:
         """The test corpora as they are found on this machine."""
-        test = self.plan.scale.test
-        return {name: path.replace(SWEEP, str(self.plan.folder)) for name, path in test.items()}
-
-    @cached_property
-    def _digests(self) -> dict[str, str]:
-        """SHA-256 of what is tested on."""
-        sets = load_sets(list(self._test.values()))[0].values()
-        return {n: SpeechData(cuts).digest() for n, cuts in zip(self._test, sets, strict=True)}
+        return [self.plan.found(corpus) for corpus in self.plan.scale.test.values()]
 
     def _measure(self, run: Run, transcriber: Transcriber, end: Progress) -> dict[str, Any]:
         """All that the table wants to know of a finished run."""
         folder = self.plan.run_folder(run)
-        test = self._test
         shutil.rmtree(folder / TRANSCRIPTS, ignore_errors=True)  # of one that was killed
         found = evaluate(
-            transcriber, list(test.values()), normaliser=NORMALISER, folder=folder / TRANSCRIPTS
+            transcriber, self._test, normaliser=NORMALISER, folder=folder / TRANSCRIPTS
         )
         curves = Curves.read(_metrics(folder / METRICS))
         jump = find_emergence(curves.steps, curves.accuracy)
-        parts = {
-            name: (sum(p.numel() for p in part.parameters()), _trained(part))
-            for name, part in transcriber.model.named_children()
-        }
+        parts = {n: parameters(part) for n, part in transcriber.model.named_children()}
+        sizes: dict[str, int | None] = {name: total for name, (total, _) in parts.items()}
+        if run.recipe.llm.quantise != "none":
+            sizes["llm"] = None  # packed weights and their scales are no count of parameters
         return {
             "recipe": run.recipe.model_dump(mode="json"),
-            "test": self._digests,
             "parts": read_json(folder / PARTS),
-            "data": read_json(folder / DATA),
             "environment": read_json(folder / ENVIRONMENT),
-            **_scores(found, list(test)),
-            "parameters": {name: total for name, (total, _) in parts.items()}
-            | {"trained": sum(trained for _, trained in parts.values())},
+            **_scores(found, list(self.plan.scale.test)),
+            "parameters": {**sizes, "trained": sum(trained for _, trained in parts.values())},
             "steps": end.step,
             "best_step": end.best_step,
             "best_loss": end.best_loss,
@@ -217,38 +223,22 @@ class Sweeper:
             ),
         }
 
-    def _check(self, run: Run, result: Mapping[str, Any]) -> None:
-        """Raise IsthmusError where a finished run is not what would be done now."""
-        folder = self.plan.run_folder(run)
-        changes = [*_changed(run.recipe, result["recipe"], folder)]
-        with contextlib.suppress(IsthmusError):  # what is not there any more cannot differ
-            for name, digest in self._digests.items():
-                if result["test"].get(name) != digest:
-                    changes.append(f"the test set {name} has other utterances")
-        for name, part in result["parts"].items():
-            if Path(part["name"]).is_dir() and source(part["name"]).sha256 != part["sha256"]:
-                changes.append(f"the {name} {part['name']} has other files")
-        _refuse(folder, changes)
-
-    def _make_shared(self, run: Run) -> None:
-        """Speech and models that a run wants, each once; one process makes, the others wait."""
-        shared, root = self.plan.shared([run]), self.plan.folder
-        if not shared.speech and not shared.models:
+    def _make_shared(self, folder: Path, settings: Speech | CTCRecipe | LanguageRecipe) -> None:
+        """Speech or a model that runs share, once: one process makes it, the others wait."""
+        speech = isinstance(settings, Speech)
+        last = folder / "manifest.jsonl" if speech else folder / MODEL / MANIFEST
+        check_stamp(folder, settings)
+        if last.exists():
             return
-        with _wait_for(self.plan.state_folder("shared")):
-            for name, speech in shared.speech.items():
-                folder = root / "speech" / name
-                _stamp(folder, speech)
-                if not (folder / "manifest.jsonl").exists():
-                    log.info("Speaking %d utterances: %s", speech.utterances, folder)
-                    require_space(folder, speech.utterances * UTTERANCE_BYTES)
-                    texts = draw_texts(speech.utterances, speech.seed, speech.domains)
-                    synthesise_corpus(folder, texts, speech.seed, held_out=speech.held_out)
-            for name, recipe in shared.models.items():
-                folder = root / "models" / name
-                _stamp(folder, recipe)
-                if not (folder / MODEL / MANIFEST).exists():
-                    self._pretrain(recipe, folder)
+        with _wait_for(self.plan.state_folder(f"{folder.parent.name}-{folder.name}")):
+            check_stamp(folder, settings)
+            _write_json(stamp_file(folder), settings.model_dump(mode="json"))
+            if last.exists():
+                return
+            if isinstance(settings, Speech):
+                _speak(settings, folder)
+            else:
+                self._pretrain(settings, folder)
 
     def _pretrain(self, recipe: CTCRecipe | LanguageRecipe, folder: Path) -> None:
         log.info("Pretraining: %s", folder)
@@ -261,15 +251,19 @@ class Sweeper:
     def _write_tables(self) -> Table:
         plan = self.plan
         with _wait_for(plan.state_folder(f"table-{plan.name}")):
-            failed = dict(self.failed)
-            results = {}
+            results, failed = {}, {}
             for run in plan.runs:
-                name, fault = run.row.name, plan.state_folder(run.name) / FAULT
+                fault = plan.state_folder(run.name) / FAULT
                 result = read_result(plan.run_folder(run))
-                if result is None and fault.exists():  # of another process, or an earlier time
-                    failed.setdefault(name, fault.read_text(encoding="utf-8").strip())
-                elif result is not None and name not in failed:
-                    results[name] = result
+                if result is not None and not fault.exists():
+                    try:
+                        self._checks.check(run, result)
+                    except IsthmusError as error:  # a row that was not asked for
+                        write_atomic(fault, f"{error}\n")
+                if fault.exists():  # perhaps of another process, or an earlier time
+                    failed[run.row.name] = fault.read_text(encoding="utf-8").strip()
+                elif result is not None:
+                    results[run.row.name] = result
             table = Table(plan, results, failed)
             write_tables(table)
             return table
@@ -291,14 +285,15 @@ def states(plan: Plan, only: Collection[str] = ()) -> list[dict[str, Any]]:
 
 def _state(plan: Plan, run: Run) -> str:
     folder, state = plan.run_folder(run), plan.state_folder(run.name)
-    if (folder / RESULT).exists():
+    failed = (state / FAULT).exists()
+    if (folder / RESULT).exists() and not failed:
         return "done"
     if (state / LOCK).exists():
         lock = _try_lock(state)
         if lock is None:
             return "running"
         lock.close()
-    if (state / FAULT).exists():
+    if failed:
         return "failed"
     return "begun" if folder.exists() else "to do"
 
@@ -333,36 +328,11 @@ def _wait_for(folder: Path) -> Iterator[None]:
         yield
 
 
-def _stamp(folder: Path, settings: Any) -> None:
-    """Say beside a folder what it is made from; raises IsthmusError where that was another."""
-    file = folder.with_name(f"{folder.name}.json")
-    if file.exists():
-        _refuse(folder, [*_changed(settings, read_json(file), folder)])
-    else:
-        _write_json(file, settings.model_dump(mode="json"))
-
-
-def _changed(now: Any, stored: Any, folder: Path) -> Iterator[str]:
-    """Settings in which `now` differs from what is stored; what is new since has its default."""
-    before = checked_settings(type(now), stored, f"{folder} was made by another version")
-    yield from _differences(before.model_dump(mode="json"), now.model_dump(mode="json"))
-
-
-def _differences(before: Any, now: Any, key: str = "") -> Iterator[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in {**before, **now}:
-            below = f"{key}.{name}" if key else str(name)
-            yield from _differences(before.get(name), now.get(name), below)
-    elif before != now:
-        yield f"{key}: {before!r} then, {now!r} now"
-
-
-def _refuse(folder: Path, changes: Sequence[str]) -> None:
-    if changes:
-        raise IsthmusError(
-            "\n".join([f"{folder} was made otherwise:", *(f"  {line}" for line in changes)])
-            + "\nPut it back, remove that folder, or name another with --output-dir."
-        )
+def _speak(speech: Speech, folder: Path) -> None:
+    log.info("Speaking %d utterances: %s", speech.utterances, folder)
+    require_space(folder, speech.utterances * UTTERANCE_BYTES)
+    texts = draw_texts(speech.utterances, speech.seed, speech.domains)
+    synthesise_corpus(folder, texts, speech.seed, held_out=speech.held_out)
 
 
 def _scores(found: Evaluation, names: Sequence[str]) -> dict[str, Any]:
@@ -382,10 +352,6 @@ def _metrics(file: Path) -> list[dict[str, float]]:
     with file.open(encoding="utf-8") as lines:
         found = [json.loads(line) for line in lines]
     return [{k: math.nan if v is None else v for k, v in one.items()} for one in found]
-
-
-def _trained(part: torch.nn.Module) -> int:
-    return sum(value.numel() for value in part.parameters() if value.requires_grad)
 
 
 def _write_json(path: Path, values: object) -> None:

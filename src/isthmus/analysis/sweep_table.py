@@ -8,14 +8,22 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from isthmus.analysis.figures import DASH, count_text, duration_text, interval_text, rate_text
 from isthmus.analysis.report import html_note, html_section, html_table, page
 from isthmus.analysis.svg import RunCurve, runs_chart
 from isthmus.analysis.sweep import Claim, Plan, Row
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
-from isthmus.scoring.error_rate import ErrorCounts, Score, UtteranceScore
-from isthmus.scoring.significance import PairedResult, paired_bootstrap
+from isthmus.scoring.error_rate import (
+    ErrorCounts,
+    Score,
+    UtteranceScore,
+    percentile_interval,
+    resampled_rates,
+)
+from isthmus.scoring.significance import PairedResult, paired_mean
 
 ALL = "all"
 RESAMPLES = 2000
@@ -50,19 +58,33 @@ class Table:
         result = self.results.get(row)
         if result is None:
             return {}
-        found: Result = result["all"] if name == ALL else result["sets"][name]
+        found: Result = self.overall[row] if name == ALL else result["sets"][name]
         return found
 
     @cached_property
-    def scores(self) -> dict[str, Score]:
-        return {name: _score(result) for name, result in self.results.items()}
+    def overall(self) -> dict[str, Result]:
+        """Rates of each row on all test sets together."""
+        if self.plan.scale.average == "words":
+            return {name: result["all"] for name, result in self.results.items()}
+        return {
+            name: _mean_rates(self.scores[name], list(result["sets"].values()))
+            for name, result in self.results.items()
+        }
+
+    @cached_property
+    def scores(self) -> dict[str, list[Score]]:
+        average = self.plan.scale.average
+        return {name: _scores(result, average) for name, result in self.results.items()}
 
     def compare(self, row: str, other: str) -> PairedResult | None:
         """A row's errors less another's, on the same utterances of all test sets."""
-        if row == other or not {row, other} <= self.scores.keys():
+        if row == other or not {row, other} <= self.results.keys():
+            return None
+        if self.results[row]["test"] != self.results[other]["test"]:
             return None
         try:
-            return paired_bootstrap(self.scores[row], self.scores[other], resamples=RESAMPLES)
+            pairs = list(zip(self.scores[row], self.scores[other], strict=True))
+            return paired_mean(pairs, resamples=RESAMPLES)
         except IsthmusError:  # not the same utterances: some could not be decoded
             return None
 
@@ -128,7 +150,8 @@ def _judge_lower(table: Table, claim: Claim) -> tuple[str, str]:
         return UNSEEN, "the two were not tested on the same utterances"
     low, high = pair.interval
     verdict = REPRODUCED if high < 0 else OTHERWISE if low > 0 else UNSEEN
-    rates = [f"{name} {rate_text(table.scores[name].wer)} %" for name in (claim.row, claim.than)]
+    rows = (claim.row, claim.than)
+    rates = [f"{name} {rate_text(table.overall[name]['wer'])} %" for name in rows]
     return verdict, (
         f"{', '.join(rates)}: difference {100 * pair.difference:+.2f} points, 95 % interval "
         f"{100 * low:+.2f} to {100 * high:+.2f}, {_p_text(pair)}"
@@ -272,7 +295,8 @@ def _training(table: Table) -> tuple[Cells, list[Cells]]:
 
 def _figures(result: Result, tests: Sequence[str]) -> Cells:
     sizes, jump, loss = result["parameters"], result["emergence"], result["best_loss"]
-    cells = [count_text(sizes[one]) for one in ("encoder", "projector", "llm", "trained")]
+    counts = [sizes[one] for one in ("encoder", "projector", "llm", "trained")]
+    cells = [DASH if count is None else count_text(count) for count in counts]
     cells += [f"{jump['step']:,}", f"{100 * jump['after']:.0f} %"] if jump else [DASH, DASH]
     cells += [f"{result['steps']:,}", DASH if loss is None else f"{loss:.3f}"]
     cells.append(duration_text(result["training_seconds"]))
@@ -292,6 +316,8 @@ def _notes(table: Table) -> Iterator[str]:
             "come from drawing the utterances anew, differences and p from the same draws for "
             "both rows (matched pairs): few utterances or speakers make them too narrow."
         )
+    if table.plan.scale.average == "sets":
+        yield "All test sets together: the mean of their rates, each set weighing the same."
     missing = [row.name for row in table.rows if row.name not in {*results, *table.failed}]
     if missing:
         yield f"Not finished: {', '.join(missing)}."
@@ -327,14 +353,37 @@ def _curves(table: Table) -> str:
     return html_section("Next-token accuracy", f"<figure>{chart}</figure>{note}") if curves else ""
 
 
-def _score(result: Result) -> Score:
-    """Errors and words of each utterance of all sets, for pairing."""
-    utterances = tuple(
-        # the number of words stands for the reference, which must be the same in both of a pair
-        UtteranceScore(
-            f"{name}/{id}", str(words), "", (), ErrorCounts(sub=errors, words=words, utterances=1)
+def _scores(result: Result, average: str) -> list[Score]:
+    """Errors and words of each utterance for pairing: of all sets in one, or of each.
+
+    References are not at hand: that they are the same is seen by the digests of the test sets.
+    """
+    normaliser = result["all"]["normaliser"]
+    sets = [
+        tuple(
+            UtteranceScore(
+                f"{name}/{id}", "", "", (), ErrorCounts(sub=errors, words=words, utterances=1)
+            )
+            for id, (errors, words) in scores["errors"].items()
         )
-        for name, scores in result["sets"].items()
-        for id, (errors, words) in scores["errors"].items()
-    )
-    return Score(utterances, result["all"]["normaliser"], None, None)
+        for name, scores in sorted(result["sets"].items())  # in one order for all rows
+    ]
+    groups = sets if average == "sets" else [sum(sets, ())]
+    return [Score(group, normaliser, None, None) for group in groups]
+
+
+def _mean_rates(scores: Sequence[Score], sets: Sequence[Result]) -> Result:
+    """The mean of the sets' rates, each of which is drawn by itself for the interval."""
+    drawn = []
+    for number, score in enumerate(scores):
+        counts = [(one.counts.errors, one.counts.words) for one in score.utterances]
+        errors, words = np.array(counts, dtype=np.int64).reshape(-1, 2).T[:, None]  # (1, N) each
+        drawn.append(resampled_rates(errors, words, seed=number, resamples=RESAMPLES))
+    number = min(rates.shape[1] for rates in drawn)  # as draws without words have no rate
+    found: dict[str, Any] = {
+        "interval": percentile_interval(np.mean([rates[0, :number] for rates in drawn], axis=0))
+    }
+    for kind in ("wer", "cer"):
+        values = [one[kind] for one in sets]
+        found[kind] = None if None in values else float(np.mean(values))
+    return found

@@ -19,7 +19,6 @@ from isthmus.analysis.perplexity import Perplexity, perplexity_text, word_perple
 from isthmus.model.adapters import merge_adapters
 from isthmus.model.llm import LLM, LoraSettings
 from isthmus.model.parts import Tune, choose_device
-from isthmus.model.quantise import quantise
 from isthmus.recipe import Recipe
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
 from isthmus.training.runs import load_run
@@ -102,25 +101,24 @@ def text_ability(run: Path, texts: Sequence[str]) -> TextAbility:
     model, recipe = load_run(run)
     llm = model.llm
     del model
-    after, weights, dtype = word_perplexity(llm, texts), weights_digest(llm), llm.dtype
+    after, weights = word_perplexity(llm, texts), weights_digest(llm)
     joined = None
     if recipe.llm.tune == "lora" and recipe.llm.quantise == "none":
         merge_adapters(llm)
         joined = word_perplexity(llm, texts)
     del llm
     original = original_llm(recipe)
-    original.store(dtype)
     before = word_perplexity(original, texts)
     same = weights_digest(original) == weights
     return TextAbility(recipe.llm.tune, before, after, joined, same)
 
 
 def original_llm(recipe: Recipe) -> LLM:
-    """The language model of a recipe as it came, on the device."""
-    settings = recipe.llm.model_copy(update={"tune": "frozen", "lora": LoraSettings()})
-    llm = settings.build()
-    if settings.quantise != "none":
-        quantise(llm.network, settings.quantise)
+    """The language model of a recipe as it came, on the device, held as the recipe trains it."""
+    if recipe.llm.tune == "full":
+        return recipe.build_llm().float().to(choose_device()).eval()
+    plain = recipe.llm.model_copy(update={"tune": "frozen", "lora": LoraSettings()})
+    llm = recipe.model_copy(update={"llm": plain}).build_llm()
     return llm.to(choose_device()).eval()
 
 

@@ -27,8 +27,7 @@ import torch
 from lhotse.cut import Cut, MonoCut
 
 from isthmus.decoding.formats import transcript_dict
-from isthmus.decoding.inputs import is_corpus as is_corpus
-from isthmus.decoding.transcriber import DEFAULT, Result, load, run_folder
+from isthmus.decoding.transcriber import Result, load, run_folder
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, recover_folder, write_atomic
@@ -39,9 +38,10 @@ from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
+from isthmus.training.folder import DEFAULT, RECIPE
 from isthmus.training.loop import BEST, CHECKPOINTS
 from isthmus.training.runs import PARTS as FROZEN
-from isthmus.training.runs import RECIPE, stored_recipe
+from isthmus.training.runs import stored_recipe
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"

@@ -41,8 +41,7 @@ from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import collate
 from isthmus.training.data import feature_cache
 from isthmus.training.features import FeatureCache
-from isthmus.training.folder import DEFAULT as DEFAULT
-from isthmus.training.folder import local_run
+from isthmus.training.folder import DEFAULT, local_run
 from isthmus.training.runs import load_run
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub

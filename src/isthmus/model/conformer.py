@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedTokenizerFast
 from isthmus.errors import IsthmusError
 from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings
 from isthmus.model.parts import PartSettings, load_network, loading, save_half
-from isthmus.model.spelling import letter_tokenizer as letter_tokenizer
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRONT_END_FILE = "front_end.json"

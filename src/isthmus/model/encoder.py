@@ -9,8 +9,9 @@ name in EncoderSettings at the end of this file.
 import math
 import warnings
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, full_pre
 from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
+    freeze,
     load_network,
     loading,
     model_type,
@@ -61,6 +63,15 @@ class Encoder(nn.Module):
     def output_length(self, num_samples: int) -> int:
         """Frames of an utterance of `num_samples`, exactly as forward gives."""
 
+    def encoded_seconds(self, seconds: float) -> float:
+        """What it works on for an utterance that long: more, where it pads to a fixed length."""
+        return seconds
+
+    def flops(self, seconds: Sequence[float]) -> float:
+        """Floating-point operations of a forward pass over utterances: 2 a weight and frame."""
+        weights = sum(value.numel() for value in self.parameters())
+        return 2 * weights * self.frame_rate * sum(map(self.encoded_seconds, seconds))
+
     @abstractmethod
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -97,6 +108,9 @@ class WhisperEncoder(Encoder):
 
     def output_length(self, num_samples: int) -> int:
         return max(1, math.ceil(num_samples // HOP_SAMPLES / 2))  # a stride of 2 after the mel hop
+
+    def encoded_seconds(self, seconds: float) -> float:
+        return max(seconds, float(self.extractor.chunk_length)) if self.pad_to_30s else seconds
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         """Raises IsthmusError for an utterance longer than 30 s."""
@@ -243,19 +257,30 @@ class ParakeetEncoder(Encoder):
     def __init__(self, network: Any, extractor: Any, head: ParakeetHead | None = None):
         super().__init__(network)
         self.extractor = extractor
-        self.head = head
+        if head is not None:
+            freeze(head)
+        self._head = (head,)  # in a tuple: no gradient reaches it, so it is no part of this
         self.dim = int(network.config.hidden_size)
         self.frame_rate = SAMPLE_RATE / extractor.hop_length / network.config.subsampling_factor
         self.shortest = 2 * extractor.hop_length  # its statistics need two feature frames
 
     @property
     def ctc_head(self) -> CTCHead | None:
-        return self.head
+        return self._head[0]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """What `to` and `float` call: the head goes where the encoder goes."""
+        (head,) = self._head
+        if head is not None:
+            head._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it bare
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # likewise
+        return moved
 
     def store(self, dtype: torch.dtype) -> None:
         super().store(dtype)
-        if self.head is not None:
-            self.head.to(dtype)
+        (head,) = self._head
+        if head is not None:
+            head.to(dtype)
 
     def output_length(self, num_samples: int) -> int:
         num_features = max(num_samples, self.shortest) // self.extractor.hop_length
@@ -308,6 +333,13 @@ class PairEncoder(Encoder):
 
     def output_length(self, num_samples: int) -> int:
         return self.first.output_length(num_samples)
+
+    def encoded_seconds(self, seconds: float) -> float:
+        """Of the one that works on more."""
+        return max(one.encoded_seconds(seconds) for one in (self.first, self.second))
+
+    def flops(self, seconds: Sequence[float]) -> float:
+        return self.first.flops(seconds) + self.second.flops(seconds)
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         frames, num_frames = self.first(waveforms, num_samples)
@@ -412,6 +444,18 @@ class PairSettings(PartSettings):
 
 
 EncoderSettings = SingleEncoderSettings | PairSettings
+
+
+def parameters(module: nn.Module) -> tuple[int, int]:
+    """Parameters of a part and how many of them are trained, without Whisper's fixed sinusoids."""
+    fixed = {
+        id(part.network.embed_positions.weight)
+        for part in module.modules()
+        if isinstance(part, WhisperEncoder)
+    }
+    values = [value for value in module.parameters() if id(value) not in fixed]
+    trained = sum(value.numel() for value in values if value.requires_grad)
+    return sum(value.numel() for value in values), trained
 
 
 def _checked_folder(settings: PretrainedSettings, types: set[str]) -> Path:

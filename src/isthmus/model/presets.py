@@ -20,9 +20,10 @@ from transformers import (
 )
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerArchitecture, letter_tokenizer
+from isthmus.model.conformer import FRONT_END_FILE, ConformerArchitecture
 from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import CHAT_TEMPLATE
+from isthmus.model.spelling import letter_tokenizer
 
 Config = Mapping[str, Any]
 LETTERS_A_TOKEN = 4  # of the tokenizer that stands in: about what those of LLMs make of English

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.model.cross_entropy import summed_cross_entropy
-from isthmus.model.encoder import Encoder
+from isthmus.model.encoder import Encoder, parameters
 from isthmus.model.llm import LLM
 from isthmus.model.packing import (
     Choice,
@@ -110,8 +110,7 @@ class SpeechLLM(nn.Module):
         """A line a part: its parameters, how it is tuned, where it is."""
         lines = []
         for name, part in self.named_children():
-            sizes = [(value.numel(), value.requires_grad) for value in part.parameters()]
-            total, trained = sum(n for n, _ in sizes), sum(n for n, moved in sizes if moved)
+            total, trained = parameters(part)
             lines.append(f"{name}: {total:,} parameters, {trained:,} of them trained")
         device = next(self.parameters()).device
         reason = "there is no GPU" if device.type == "cpu" else "the first GPU"
@@ -261,18 +260,18 @@ class SpeechLLM(nn.Module):
         found = self.transcript_loss(self.embed_audio(waveforms, num_samples), transcripts)
         return found.total, found.tokens, int(found.correct)
 
-    def flops(self, positions: int, tokens: int, encoded_seconds: float) -> float:
-        """Floating-point operations of the model, forward and backward, for so much of a batch.
+    def flops(self, positions: int, tokens: int, seconds: Sequence[float]) -> float:
+        """Floating-point operations of the model, forward and backward, for a batch.
 
+        `positions` and `tokens` are the language model's, `seconds` of each utterance encoded.
         Two for each weight and position forward, two for the gradient to the input, and two for
         that of a weight that is trained (arXiv 2001.08361, section 2.1). Attention's own products,
         the projector and what is recomputed are not counted.
         """
         body, head, trained = self._llm_sizes
         llm = (4 * body + 2 * trained) * positions + 4 * head * tokens
-        per_frame = 2 if self.tune["encoder"] == "frozen" else 6
-        encoder = sum(value.numel() for value in self.encoder.parameters())
-        return llm + per_frame * encoder * encoded_seconds * self.encoder.frame_rate
+        passes = 1 if self.tune["encoder"] == "frozen" else 3
+        return llm + passes * self.encoder.flops(seconds)
 
     @cached_property
     def _llm_sizes(self) -> tuple[int, int, int]:

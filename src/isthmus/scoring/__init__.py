@@ -14,7 +14,7 @@ from isthmus.scoring.error_rate import (
 )
 from isthmus.scoring.languages import LanguageScores, score_languages
 from isthmus.scoring.normalise import NORMALISERS, normaliser
-from isthmus.scoring.significance import PairedResult, paired_bootstrap
+from isthmus.scoring.significance import PairedResult, paired_bootstrap, paired_mean
 
 __all__ = [
     "NORMALISERS",
@@ -26,6 +26,7 @@ __all__ = [
     "UtteranceScore",
     "normaliser",
     "paired_bootstrap",
+    "paired_mean",
     "read_texts",
     "score",
     "score_languages",

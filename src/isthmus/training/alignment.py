@@ -2,13 +2,15 @@
 
 Fathullah et al. (arXiv 2307.11795) find that a trained projector's embeddings are like those of the
 transcript's tokens, nearly in order, and leave an explicit loss for it to others. Here it is CTC:
-an audio embedding says a token of the batch by its cosine similarity to that token's embedding in
-the language model, or nothing at all.
+an audio embedding says a token by its cosine similarity to that token's embedding in the language
+model, or nothing at all. It chooses among the tokens of its own transcript and some of all others,
+the same for every utterance: neighbours in the batch have no say.
 
-Shapes: B batch, A audio embeddings, E LLM width, K different tokens of the batch.
+Shapes: A audio embeddings, E LLM width, L text tokens, K tokens to choose among.
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from isthmus.model.prompt import plain_tokens
 
 TEMPERATURE = 0.1  # that similarities are divided by: 1.0 to the right token, 0.0 to others is sure
 BLANK = 0.5  # similarity at which a token is as likely as none
+OTHERS = 1000  # tokens to choose among, beside the transcript's own; all of a small vocabulary
 
 
 def alignment_loss(llm: LLM, audio: Sequence[Tensor], transcripts: Sequence[str]) -> Tensor:
@@ -26,25 +29,47 @@ def alignment_loss(llm: LLM, audio: Sequence[Tensor], transcripts: Sequence[str]
     The tokens' embeddings are taken as they are: it is the audio that moves. A transcript with more
     tokens than audio embeddings has no such reading, and no part in it.
     """
-    labels = [plain_tokens(llm.tokenizer, text) for text in transcripts]
-    distinct = sorted({token for label in labels for token in label})
     device = audio[0].device
-    if not distinct:
-        return torch.zeros((), device=device)
-    place = {token: number for number, token in enumerate(distinct, start=1)}  # 0 is the blank
-    lengths = torch.tensor([len(row) for row in audio], device=device)
+    others = _others(llm.network.get_input_embeddings().num_embeddings)
+    total = torch.zeros((), device=device)
     with torch.autocast(device.type, enabled=False):  # close to 1, half precision is coarse
-        table = llm.embed(torch.tensor(distinct, device=device)).detach().float()
-        heard = nn.utils.rnn.pad_sequence([row.float() for row in audio], batch_first=True)
-        normalise = nn.functional.normalize
-        similarity = normalise(heard, dim=-1) @ normalise(table, dim=-1).T  # (B, A, K)
-        blank = similarity.new_full((*similarity.shape[:2], 1), BLANK)
-        log_probs = (torch.cat([blank, similarity], dim=-1) / TEMPERATURE).log_softmax(dim=-1)
-        return nn.functional.ctc_loss(
-            log_probs.transpose(0, 1),
-            torch.tensor([place[token] for label in labels for token in label], device=device),
-            lengths,
-            torch.tensor([len(label) for label in labels], device=device),
-            reduction="sum",
-            zero_infinity=True,
-        )
+        common = _directions(llm, others, device)  # shared: as large as many utterances
+        for heard, text in zip(audio, transcripts, strict=True):
+            tokens = plain_tokens(llm.tokenizer, text)
+            own = sorted({*tokens} - {*others})
+            place = {token: number for number, token in enumerate([*others, *own], start=1)}
+            if len(heard):
+                tables = [common, _directions(llm, own, device)]
+                total = total + _ctc(heard, tables, [place[token] for token in tokens])
+    return total
+
+
+def _ctc(heard: Tensor, tables: Sequence[Tensor], labels: list[int]) -> Tensor:
+    """Loss () of labels (L), places in the tables from 1 on, for audio embeddings (A, E)."""
+    spoken = nn.functional.normalize(heard.float(), dim=-1)
+    blank = spoken.new_full((len(heard), 1), BLANK)
+    similarity = torch.cat([blank, *(spoken @ table.T for table in tables)], dim=-1)  # (A, 1 + K)
+    log_probs = (similarity / TEMPERATURE).log_softmax(dim=-1)
+    if not labels:
+        return -log_probs[:, 0].sum()
+    return nn.functional.ctc_loss(
+        log_probs[:, None],
+        torch.tensor([labels], dtype=torch.long, device=heard.device),
+        torch.tensor([len(heard)]),
+        torch.tensor([len(labels)]),
+        reduction="sum",
+        zero_infinity=True,
+    )
+
+
+def _directions(llm: LLM, tokens: Sequence[int], device: torch.device) -> Tensor:
+    """Embeddings of tokens (K), each of length 1 (K, E)."""
+    ids = torch.tensor(tokens, dtype=torch.long, device=device)
+    return nn.functional.normalize(llm.embed(ids).detach().float(), dim=-1)
+
+
+@cache
+def _others(vocabulary: int) -> tuple[int, ...]:
+    """Tokens drawn from a vocabulary of that size, always the same."""
+    order = torch.randperm(vocabulary, generator=torch.Generator().manual_seed(0))
+    return tuple(order[:OTHERS].tolist())

@@ -44,15 +44,9 @@ def make_units(
         raise IsthmusError(f"{file} exists. Name another file with --output, or delete it.")
     if not recipe.data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to learn units from.")
+    cuts = chosen(load_cuts(recipe.data.train, recipe.data), recipe.data.languages, "data.train")
     encoder = recipe.encoder.build().to(choose_device()).eval()
-
-    def too_long(durations: Sequence[float], text: str) -> str | None:
-        limit = encoder.max_seconds
-        over = limit is not None and sum(durations) > limit
-        return f"it is longer than the {limit:g} s that the encoder takes" if over else None
-
-    cuts = load_cuts(recipe.data.train, recipe.data, too_long)
-    cuts = chosen(cuts, recipe.data.languages, "data.train")
+    cuts = _not_too_long(cuts, encoder.max_seconds, recipe.data.max_bad_fraction)
     frames = sample_frames(encoder, cuts, clusters * FRAMES_PER_UNIT, recipe.seed, on_utterance)
     if len(frames) < clusters:
         raise IsthmusError(
@@ -64,6 +58,20 @@ def make_units(
     name = " + ".join(one.name for one in sources.values()) or recipe.encoder.type
     Units(centroids, name, files_digest(sources)).save(file)
     return len(frames)
+
+
+def _not_too_long(cuts: Sequence[Cut], limit: float | None, bad_fraction: float) -> list[Cut]:
+    """Those that the encoder takes; raises IsthmusError where too many are longer."""
+    fitting = [cut for cut in cuts if limit is None or cut.duration <= limit]
+    left_out = len(cuts) - len(fitting)
+    if left_out > bad_fraction * len(cuts):
+        raise IsthmusError(
+            f"{left_out} of {len(cuts)} utterances of data.train are longer than the {limit:g} s "
+            "that the encoder takes. Set data.max_seconds to that, or raise data.max_bad_fraction."
+        )
+    if left_out:
+        log.warning("left out: %d utterances of more than %g s", left_out, limit)
+    return fitting
 
 
 @torch.no_grad()

@@ -63,7 +63,7 @@ class Loss:
     positions: int = 0  # that the network works on, padding among them
     padding: int = 0
     flops: float = 0.0  # of the model, forward and backward
-    alignment: Tensor | float = 0.0  # () the loss of that name, of which total holds a multiple
+    alignment: Tensor | float = 0.0  # () the loss of that name, in the gradient of total alone
     rejected: tuple[str, ...] = ()  # what could not be loaded, and why
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from isthmus.model.layers import checkpoint_layers, compile_layers, recompute_gates
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, SpeechTrainSettings
+from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.alignment import alignment_loss
 from isthmus.training.batches import Batch, Group, SpeechData
 from isthmus.training.features import FeatureCache
@@ -73,6 +74,7 @@ class SpeechTask:
 
     def loss(self, batch: Batch) -> Loss:
         model = self.module
+        encoded = [] if self.train.cache else (batch.num_samples / SAMPLE_RATE).tolist()
         batch = batch.to(next(model.projector.parameters()).device)
         if not batch.ids:  # sharded blocks want the same passes on all ranks
             silence = torch.zeros(STAND_IN_SAMPLES, device=batch.waveforms.device)
@@ -87,22 +89,21 @@ class SpeechTask:
             prompts=[model.prompts[number % len(model.prompts)] for number in batch.draws],
             masking=masking if training and any(masking) else None,
         )
-        alignment = torch.zeros_like(found.total)
+        total, alignment = found.total, torch.zeros_like(found.total)
         if training and settings.alignment_weight:
-            alignment = alignment_loss(model.llm, audio, batch.texts)
+            loss = alignment_loss(model.llm, audio, batch.texts)
+            alignment = loss.detach()
+            # the gradient of both, the value of the cross-entropy, as validation has it
+            total = total + settings.alignment_weight * (loss - alignment)
         return Loss(
-            found.total + settings.alignment_weight * alignment,
+            total,
             found.tokens,
             found.correct,
-            alignment=alignment.detach(),
+            alignment=alignment,
             seconds=batch.seconds,
             positions=found.positions,
             padding=found.padding,
-            flops=model.flops(
-                found.positions - found.padding,
-                found.tokens,
-                0.0 if self.train.cache else batch.seconds,
-            ),
+            flops=model.flops(found.positions - found.padding, found.tokens, encoded),
             rejected=batch.rejected,
         )
 

@@ -38,9 +38,7 @@ from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import Verification
-from isthmus.training.folder import ENVIRONMENT as ENVIRONMENT
-from isthmus.training.folder import RECIPE as RECIPE
-from isthmus.training.folder import check_run, versions
+from isthmus.training.folder import ENVIRONMENT, RECIPE, check_run, versions
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks

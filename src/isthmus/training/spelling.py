@@ -16,7 +16,7 @@ from isthmus.recipe import Corpus, CTCRecipe
 from isthmus.speech.corpora import read_corpus
 from isthmus.training import checkpoint
 from isthmus.training.batches import transcript
-from isthmus.training.languages import language
+from isthmus.training.languages import chosen
 from isthmus.training.loop import CHECKPOINTS
 from isthmus.training.parallel import Ranks
 
@@ -45,8 +45,14 @@ def run_units(
             f"{kept} is missing: it holds the units that the run's checkpoints spell with. Bring "
             "it back, or begin again with --overwrite."
         )
-    learnt = recipe.units.tokenizer(texts_of(recipe))
-    (text, *_) = ranks.gather([learnt.backend_tokenizer.to_str()])  # the same for all
+    units = recipe.units
+    learnt: list[str] = []
+
+    def learn() -> None:
+        learnt.append(units.tokenizer(texts_of(recipe)).backend_tokenizer.to_str())
+
+    ranks.lead(learn)  # by one: learnt again they would be nearly the same
+    (text,) = ranks.gather(learnt)
     return for_ctc(Tokenizer.from_str(text))
 
 
@@ -66,13 +72,14 @@ def keep_units(units: PreTrainedTokenizerFast | None, folder: Path, ranks: Ranks
 
 
 def texts_of(recipe: CTCRecipe) -> list[str]:
-    """Transcripts of what a recipe trains on."""
-    languages = recipe.data.languages
-    texts = []
-    for entry in recipe.data.train:
-        cuts = read_corpus(entry.path if isinstance(entry, Corpus) else entry)
-        wanted = [cut for cut in cuts if languages is None or language(cut) in languages]
-        texts += [text for text in map(transcript, wanted) if text.strip()]
+    """Transcripts of what a recipe trains on.
+
+    Raises IsthmusError where there are none, and for a language of data.languages without any.
+    """
+    corpora = [entry.path if isinstance(entry, Corpus) else entry for entry in recipe.data.train]
+    cuts = [cut for corpus in corpora for cut in read_corpus(corpus)]
+    wanted = chosen(cuts, recipe.data.languages, "data.train")
+    texts = [text for text in map(transcript, wanted) if text.strip()]
     if not texts:
         raise IsthmusError(
             "units: data.train has no text to learn sentence pieces from. Name a manifest with "

@@ -60,19 +60,19 @@ def alignment(
     as_json: Json = False,
 ) -> None:
     """Whether tokens find their sound in the order in which they were spoken, and by chance."""
-    from isthmus.analysis.curves import check_page
+    from isthmus.analysis.curves import PAGE, check_output
+    from isthmus.analysis.evaluate import load_sets
     from isthmus.analysis.order import mean_text, measure_order, pick_spoken, write_order
     from isthmus.decoding.transcriber import load
     from isthmus.display import counting
 
     if output is not None:
-        check_page(output)
-    transcriber = load(run)
-    spoken = pick_spoken(transcriber, data, utterances, seed)
+        check_output(output, [PAGE])
+    cuts = [cut for cuts in load_sets(data)[0].values() for cut in cuts]
+    model = load(run).model
+    spoken = pick_spoken(model, cuts, utterances, seed)
     with counting("utterances") as on_utterance:
-        order = measure_order(
-            transcriber.model, spoken, seed=seed, drawn=drawn, on_utterance=on_utterance
-        )
+        order = measure_order(model, spoken, seed=seed, drawn=drawn, on_utterance=on_utterance)
     if output is not None:
         write_order(order, f"What each token resembles: {run}", output)
     if as_json:
@@ -236,10 +236,11 @@ def reproduce(
         print_json(table.to_dict())
     else:
         _print_table(table)
-    if sweeper.failed:
+    failed = [row for row in table.failed if not only or row in only]
+    if failed:
         raise IsthmusError(
-            f"{len(sweeper.failed)} rows failed: {', '.join(sweeper.failed)}; the log says why. "
-            "Mend that and give the same command again: what is finished stays."
+            f"{len(failed)} rows failed: {', '.join(failed)}; the table says why. Mend that "
+            "and give the same command again: what is finished stays."
         )
 
 
