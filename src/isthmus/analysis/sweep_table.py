@@ -45,9 +45,9 @@ class Table:
 
     @property
     def sets(self) -> list[str]:
-        """Test sets, and all of them together where there are several."""
+        """All test sets together where there are several, and each."""
         names = list(self.plan.scale.test)
-        return [*names, ALL] if len(names) > 1 else names
+        return [ALL, *names] if len(names) > 1 else names
 
     @property
     def against(self) -> str:
@@ -229,23 +229,22 @@ def html(table: Table) -> str:
 
 
 def _error_rates(table: Table) -> tuple[Cells, list[Cells]]:
-    """WER in percent: the paper's, ours, and how sure that is."""
+    """WER in percent with 95 % intervals: the paper's, ours, and the difference of all sets."""
+    compares = len(table.rows) > 1
     titles = ["Row"]
-    for name in table.sets:
-        paper = ["paper"] if _has_expected(table, name) else []
-        titles += [f"{name}: {one}" for one in (*paper, "got", "95 %")]
-    if len(table.rows) > 1:
-        titles += [f"all, less {table.against}", "95 %", "p"]
+    for place, name in enumerate(table.sets):
+        titles += [f"{name}: paper"] if _has_expected(table, name) else []
+        titles.append(name)
+        titles += [f"less {table.against}", "p"] if compares and place == 0 else []
     rows = []
     for row in table.rows:
         cells = [row.name]
-        for name in table.sets:
+        for place, name in enumerate(table.sets):
             if _has_expected(table, name):
                 cells.append(f"{row.expected[name]:.2f}" if name in row.expected else DASH)
             rates = table.rates(row.name, name)
-            cells += [rate_text(rates.get("wer")), interval_text(rates.get("interval"))]
-        if len(table.rows) > 1:
-            cells += _pair_cells(table.compared[row.name])
+            cells.append(_with(rate_text(rates.get("wer")), interval_text(rates.get("interval"))))
+            cells += _pair_cells(table.compared[row.name]) if compares and place == 0 else []
         rows.append(cells)
     return titles, rows
 
@@ -267,12 +266,17 @@ def _has_expected(table: Table, name: str) -> bool:
     return any(name in row.expected for row in table.rows)
 
 
+def _with(value: str, interval: str) -> str:
+    return value if interval in ("", DASH) else f"{value} ({interval})"
+
+
 def _pair_cells(pair: PairedResult | None) -> Cells:
     if pair is None:
-        return [DASH, DASH, DASH]
+        return [DASH, DASH]
     low, high = pair.interval
-    difference, within = f"{100 * pair.difference:+.2f}", f"{100 * low:+.1f} to {100 * high:+.1f}"
-    return [difference, within, _p_text(pair).removeprefix("p = ").removeprefix("p ")]
+    within = f"{100 * low:+.1f} to {100 * high:+.1f}"
+    p_text = _p_text(pair).removeprefix("p = ").removeprefix("p ")
+    return [f"{100 * pair.difference:+.2f} ({within})", p_text]
 
 
 def _p_text(pair: PairedResult) -> str:
