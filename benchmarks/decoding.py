@@ -136,7 +136,8 @@ class Limits(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Any, **options: Any) -> Tensor:
         repeats = len(input_ids) // len(self.limits)
-        return input_ids.shape[1] >= self.limits.repeat_interleave(repeats)
+        limits = self.limits.to(input_ids.device)
+        return input_ids.shape[1] >= limits.repeat_interleave(repeats)
 
 
 Found = list[list[int]]  # tokens of each utterance
@@ -148,7 +149,7 @@ def generate(llm: LLM, batch: Sequence[Utterance]) -> Found:
     longest = max(len(one.prompt) for one in batch)
     pad = torch.nn.functional.pad
     prompts = [pad(one.prompt, (0, 0, longest - len(one.prompt), 0)) for one in batch]
-    masks = [pad(torch.ones(len(o.prompt)), (longest - len(o.prompt), 0)) for o in batch]
+    masks = [pad(torch.ones_like(o.prompt[:, 0]), (longest - len(o.prompt), 0)) for o in batch]
     limits = [one.limit for one in batch]
     network: Any = llm.network
     output = network.generate(

@@ -122,6 +122,22 @@ def test_full_size_runs_tiny(
     assert "| frames cached, checkpointing |" in capsys.readouterr().out
 
 
+def test_full_size_decodes_tiny(
+    training: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full_size = importlib.import_module("full_size")
+    output = tmp_path / "result.json"
+    options = {"sizes": "tiny", "device": "cpu", "utterances": 5, "batch-size": 2, "output": output}
+    given = [f"--{name}={value}" for name, value in options.items()]
+    monkeypatch.setattr(sys, "argv", ["full_size.py", "--decode", *given])
+    full_size.main()
+    result = json.loads(output.read_text())
+    assert result["utterances"] == 5
+    assert 0 <= result["same_texts"] <= 5  # random weights in bfloat16 tie
+    assert result["rtfx"]["measured"] > 0
+    assert result["times_generate"]["measured"] > 0
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_full_size_says_that_it_needs_a_gpu(
     training: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
