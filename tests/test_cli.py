@@ -15,7 +15,10 @@ import soundfile
 from typer.main import get_command
 
 from isthmus.cli import app
+from isthmus.decoding.transcriber import Result
+from isthmus.decoding.transcript import Segment, Transcript
 from isthmus.quickstart import quickstart_recipe
+from isthmus.recipe import DecodeSettings
 from isthmus.training.features import Verification
 from isthmus.training.loop import Interrupted
 
@@ -43,6 +46,10 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["transcribe", "a.wav", "-f", "srd"], "Did you mean 'srt'"),
     (["transcribe", "a/x.wav", "b/x.wav", "-o", "out"], "both be written"),
     (["transcribe", "a.wav", "-o", "no.yaml"], "cannot be written"),
+    (["transcribe", "a.wav", "-o", "no.yaml/x"], "no.yaml/x cannot be written: nothing can be"),
+    (["transcribe", "empty"], "empty: no audio"),
+    (["transcribe", "a.wav", "--nbest", "3", "--beam-size", "2"], "--nbest 3 is more than --beam"),
+    (["transcribe", "a.wav", "--nbest", "9"], "--nbest 9 is more than --beam-size 4"),
     (["transcribe", "nowhere.wav", "no.yaml"], "nowhere.wav: no such file"),
     (["transcribe", "a.wav", "-m", "no-run"], "No run folder"),
     (["transcribe", "a.wav", "-m", "."], "is no run folder"),
@@ -52,6 +59,13 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["evaluate", "newer", "a"], "written by isthmus 99.0, this is"),
     (["evaluate", "default", "nowhere"], "no such corpus"),
     (["evaluate", "default", ".", "--normaliser", "basik"], "Did you mean 'basic'"),
+    (["plan", "tiny/projektor"], "Did you mean"),
+    (["plan", "tiny/projector", "steps"], "is not an override"),
+    (["plan", "tiny/projector", "--gpu", "h2000"], "Did you mean 'H200'"),
+    (["reproduce", "t44"], "Did you mean 't4'"),
+    (["reproduce", "t9"], "Table 9 is in 't10'"),
+    (["reproduce", "t5"], "neither a file nor shipped. Shipped: alignment-loss, "),
+    (["reproduce"], ""),
     (["recipes"], ""),
     (["cp", "tiny/projector", "no.yaml"], "exists"),
 ]
@@ -60,6 +74,7 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
 def test_what_can_be_known_at_once_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
     (tmp_path / "no.yaml").write_text("name: [")
     (tmp_path / "newer").mkdir()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "newer/recipe.yaml").write_text("name: newer\n")
     (tmp_path / "newer/environment.json").write_text('{"isthmus": "99.0"}')
     code = (
@@ -311,3 +326,21 @@ def test_interruption_has_the_exit_code_that_shells_expect(
 def test_quickstart_folder_may_have_any_name(name: str) -> None:
     folder = Path(name)
     assert quickstart_recipe(folder).data.train == (str(folder / "speech/train"),)
+
+
+def test_files_that_are_written_are_named_but_not_with_json(
+    isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Transcriber:
+        settings = DecodeSettings()
+
+        def results(self, audio: list[str], **options: object) -> Iterator[Result[Transcript]]:
+            yield Result(0, Transcript((Segment(0.0, 1.0, "one"),), 1.0))
+
+    monkeypatch.setattr("isthmus.decoding.transcriber.load", lambda *a, **b: Transcriber())
+    monkeypatch.chdir(tmp_path)
+    soundfile.write("a.wav", np.zeros(16000), 16000)
+    assert isthmus("transcribe", "a.wav", "-f", "txt") == (0, "", "a.txt\n")
+    assert (tmp_path / "a.txt").read_text() == "one\n"
+    assert isthmus("transcribe", "a.wav", "-f", "txt", "--json")[2] == ""
+    assert isthmus("transcribe", "a.wav") == (0, "one\n", "")

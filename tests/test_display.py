@@ -262,3 +262,27 @@ def test_scores_have_a_row_for_each_language(capsys: pytest.CaptureFixture[str])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["language", "de", "50.00", "25.00", "1", "0", "1", "4"] in lines
     assert ["mean", "of", "languages", "12.50", "-"] in lines
+
+
+def test_a_single_set_has_one_row_and_several_have_another_for_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    score = {"wer": 0.5, "interval": None, "cer": 0.25, "sub": 1, "ins": 0, "del": 1, "words": 4}
+    report = {**score, "sets": {"sp": score}, "normaliser": "basic", "left_out": {}}
+    print_scores(report | {"ctc": {**score, "sets": {"sp": score}}})
+    firsts = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert firsts == ["set", "sp", "sp", "normaliser:"]
+    print_scores(report | {"sets": {"sp": score, "other": score}})
+    firsts = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert firsts == ["set", "sp", "other", "all", "normaliser:"]
+
+
+def test_scores_say_how_they_were_decoded(capsys: pytest.CaptureFixture[str]) -> None:
+    score = {"wer": 0.5, "interval": None, "cer": 0.25, "sub": 1, "ins": 0, "del": 1, "words": 4}
+    report = {**score, "sets": {"sp": score}, "normaliser": "basic", "left_out": {}}
+    own = {"beam_size": 4, "ctc_weight": 0.0, "instruction": None}
+    report["decode"] = {**own, "ctc_weight": 0.3}
+    print_scores(report, own)
+    assert capsys.readouterr().out.splitlines()[-1] == "decode: beam 4, ctc_weight 0.3"
+    print_scores(report | {"decode": own | {"beam_size": 1}}, own)
+    assert capsys.readouterr().out.splitlines()[-1] == "decode: beam 1"

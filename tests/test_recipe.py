@@ -1,5 +1,6 @@
 """Recipes: strict, overridable, complete, and every shipped one valid."""
 
+import shlex
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from isthmus.recipe import (
     dump_recipe,
     load_recipe,
 )
-from isthmus.recipe_files import find_recipe, parse_yaml, shipped_recipes
+from isthmus.recipe_files import as_override, find_recipe, parse_yaml, shipped_recipes
 
 MINIMAL = """
 name: debug
@@ -80,6 +81,15 @@ def test_scientific_notation_is_a_number(file: Path) -> None:
         ("train.batch_size=2 ", None),
         ("nonsense", "key.subkey=value"),
         ("name.x=1", "name is a value"),
+        ("projector.strid_ms=80", "unknown key projector.strid_ms. Did you mean 'stride_ms'?"),
+        ("projector.stride_ms=-1", "  projector.stride_ms: Input should be greater"),
+        ("projector={downsample_rate: 5, stride_ms: 80}", "not both: set the other to null."),
+        ("encoder={type: conformer}", "  encoder.path is missing"),
+        ("data.train=[{repeat: 0}]", "  data.train.0.path is missing"),
+        ("projector={type: qformer, window_seconds: 60}", "window_seconds 60 is longer than any"),
+        ("train.text_masking={de: 2}", "  train.text_masking.de: "),
+        ("encoder={type: pair, first: {type: fbank, num_mel: 8}}", " encoder.first.num_mel. Did"),
+        ("train.steps=0", "debug.yaml with train.steps=0 is not a valid recipe"),
     ],
 )
 def test_faults_are_named_with_what_would_be_right(
@@ -91,6 +101,50 @@ def test_faults_are_named_with_what_would_be_right(
     with pytest.raises(IsthmusError) as fault:
         load_recipe(file, [override])
     assert message in str(fault.value)
+    assert "Value error" not in str(fault.value)
+
+
+def test_a_part_whose_type_alone_was_changed_is_to_be_replaced(file: Path) -> None:
+    file.write_text(MINIMAL + "projector: {type: linear, downsample_rate: 4}\n")
+    with pytest.raises(IsthmusError) as fault:
+        load_recipe(file, ["projector.type=ctc"])
+    assert "unknown key projector.downsample_rate" in str(fault.value)
+    assert 'replace the whole part: projector="{type: ctc}"' in str(fault.value)
+    with pytest.raises(IsthmusError) as fault:
+        load_recipe(file, ["projector.type=linear", "train.stpes=1"])
+    assert "whole part" not in str(fault.value)
+
+
+def test_windows_may_be_as_long_as_utterances(file: Path) -> None:
+    window = "projector={type: qformer, window_seconds: 60}"
+    assert load_recipe(file, [window, "data.max_seconds=60"])
+    with pytest.raises(IsthmusError, match=r"projector\.window_seconds 60 .* data\.max_seconds 59"):
+        load_recipe(file, [window, "data.max_seconds=59"])
+
+
+@pytest.mark.parametrize(("steps", "share"), [(20, "2.0%"), (1000, "100.0%"), (1001, None)])
+def test_a_warm_up_that_never_ends_is_told(file: Path, steps: int, share: str | None) -> None:
+    fault = load_recipe(file, [f"train.steps={steps}"]).train.warmup_fault()
+    assert fault is None if share is None else fault and f"{share} of train.learning_rate" in fault
+
+
+@pytest.mark.parametrize(
+    ("value", "typed"),
+    [
+        (2, "a.b=2"),
+        (None, "a.b=null"),
+        ("x/y", "a.b=x/y"),
+        ({"type": "fbank"}, "'a.b={type: fbank}'"),
+        ("${SWEEP}/models", "'a.b=${SWEEP}/models'"),
+        ("2", "\"a.b='2'\""),
+        ([1.5, True, "ä"], "'a.b=[1.5, true, ä]'"),
+    ],
+)
+def test_settings_are_written_as_one_types_them(value: object, typed: str) -> None:
+    found = as_override("a.b", value)
+    (given,) = shlex.split(found)
+    assert parse_yaml(given.partition("=")[2]) == value
+    assert found == typed or value == "2"
 
 
 def test_two_measures_of_a_batch_are_refused(file: Path) -> None:

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
@@ -232,17 +232,18 @@ def print_table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     Console().print(table)
 
 
-def print_scores(report: dict[str, Any]) -> None:
-    """A table of error rates: each set, and all."""
+def print_scores(report: dict[str, Any], own: Mapping[str, Any] | None = None) -> None:
+    """A table of error rates: each set, and all where there are several.
+
+    Of the decoding settings the beam is named, and what is not as in the run's `own`.
+    """
     table = Table(box=None)
     for column in ("set", "WER %", "95 %", "CER %", "sub", "ins", "del", "words"):
         table.add_column(column, justify="left" if column == "set" else "right")
-    rows = [*report["sets"].items(), ("all", report)]
+    rows = _rows(report)
     rows += [(f"language {name}", score) for name, score in report.get("languages", {}).items()]
     if "ctc" in report:
-        rows += [
-            (f"{n} (CTC)", s) for n, s in [*report["ctc"]["sets"].items(), ("all", report["ctc"])]
-        ]
+        rows += [(f"{name} (CTC)", score) for name, score in _rows(report["ctc"])]
     for name, score in rows:
         interval = score["interval"]
         between = "" if interval is None else f"{interval[0] * 100:.1f}-{interval[1] * 100:.1f}"
@@ -253,10 +254,21 @@ def print_scores(report: dict[str, Any]) -> None:
         table.add_row("mean of languages", _percent(rates["wer"]), "", _percent(rates["cer"]))
     Console().print(table)
     Console().print(f"normaliser: {report['normaliser']}", highlight=False)
+    if decode := report.get("decode"):
+        other = [name for name, value in (own or decode).items() if decode[name] != value]
+        changed = [f"{name} {decode[name]}" for name in other if name != "beam_size"]
+        line = ", ".join([f"decode: beam {decode['beam_size']}", *changed])
+        Console().print(line, highlight=False, markup=False, soft_wrap=True)
     for name, reasons in report["left_out"].items():
         if reasons:
             summary = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
             Console().print(f"left out of {name}: {summary}", highlight=False, markup=False)
+
+
+def _rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The scores of each set, and of all where there are several."""
+    rows = list(report["sets"].items())
+    return rows if len(rows) == 1 else [*rows, ("all", report)]
 
 
 def _percent(rate: float | None) -> str:

@@ -28,6 +28,7 @@ from isthmus.model.llm import (
 from isthmus.model.parts import SHIPPED, PartSettings, Source, freeze, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
+from isthmus.model.qformer import QFormerSettings
 from isthmus.model.quantise import quantise
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import LETTERS, LetterUnits, UnitSettings
@@ -35,6 +36,7 @@ from isthmus.recipe_files import read_recipe
 from isthmus.speech.augment import Augmentation, SpecAugment
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+TAGS = ("type", "template")  # settings that say which of several parts it is
 DEFAULT_LANGUAGE = "default"  # stands for those that a mapping by language does not name
 
 
@@ -119,6 +121,16 @@ class LoopSettings(PartSettings):
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept."""
 
+    def warmup_fault(self) -> str | None:
+        """A line where training ends before the rate has risen to the one that is asked for."""
+        if self.warmup_steps < self.steps or self.warmup_steps <= 1:
+            return None
+        return (
+            f"train.warmup_steps {self.warmup_steps:,} is not less than train.steps "
+            f"{self.steps:,}: the last step has the highest rate, "
+            f"{self.steps / self.warmup_steps:.1%} of train.learning_rate. Lower warmup_steps."
+        )
+
 
 class TrainSettings(LoopSettings):
     """Optimisation on speech."""
@@ -136,7 +148,10 @@ class TrainSettings(LoopSettings):
         if isinstance(values, dict):
             given = [name for name in cls.MEASURES if values.get(name) is not None]
             if len(given) > 1:
-                raise ValueError(f"give one of {', '.join(cls.MEASURES)}, not {len(given)}")
+                raise ValueError(
+                    f"give one of {', '.join(cls.MEASURES)}, not {len(given)}: set the other to "
+                    "null"
+                )
             if not given:
                 return {**values, "batch_size": 6}
         return values
@@ -243,6 +258,17 @@ class Recipe(Experiment):
                 "data.spec_augment masks the features of a Conformer that is trained, and this is "
                 f"encoder.type {encoder.type} with encoder.tune {encoder.tune}: leave it out, or "
                 "set them to conformer and full"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _windows_are_filled(self) -> "Recipe":
+        projector, longest = self.projector, self.data.max_seconds
+        if isinstance(projector, QFormerSettings) and projector.window_seconds > longest:
+            raise ValueError(
+                f"projector.window_seconds {projector.window_seconds:g} is longer than any "
+                f"utterance, which data.max_seconds {longest:g} limits: lower the one or raise the "
+                "other"
             )
         return self
 
@@ -399,7 +425,21 @@ def load_recipe(
     Raises IsthmusError naming the file, the key, the value, and what would be right.
     """
     file, values = read_recipe(path, overrides)
-    return checked_settings(kind, values, f"{file} is not a valid recipe")
+    changed = f" with {' '.join(overrides)}" if overrides else ""
+    try:
+        return checked_settings(kind, values, f"{file}{changed} is not a valid recipe")
+    except IsthmusError as error:
+        hints = _retyped(overrides, str(error))
+        raise IsthmusError("\n  ".join([str(error), *hints])) from error
+
+
+def _retyped(overrides: Sequence[str], fault: str) -> Iterator[str]:
+    """How to be rid of what a part still says of its old type, where the type alone was changed."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        part, _, tag = key.rpartition(".")
+        if part and tag in TAGS and f"unknown key {part}." in fault:
+            yield f'To change its {tag}, replace the whole part: {part}="{{{tag}: {value}}}"'
 
 
 Settings = TypeVar("Settings", bound=PartSettings)
@@ -410,16 +450,17 @@ def checked_settings(kind: type[Settings], values: object, fault: str) -> Settin
     try:
         return kind.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {line}" for line in _explain(error, kind)]
+        lines = [f"  {line}" for line in _explain(error, kind, values)]
         raise IsthmusError("\n".join([f"{fault}:", *lines])) from error
 
 
 def change_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """`settings` with some replaced. Raises IsthmusError for one that is unknown or not valid."""
+    values = settings.model_dump() | dict(changes)
     try:
-        return type(settings).model_validate(settings.model_dump() | dict(changes))
+        return type(settings).model_validate(values)
     except ValidationError as error:
-        raise IsthmusError(" ".join(_explain(error, type(settings)))) from error
+        raise IsthmusError(" ".join(_explain(error, type(settings), values))) from error
 
 
 def dump_recipe(recipe: Experiment) -> str:
@@ -443,11 +484,11 @@ def named_models(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]
             yield values, key
 
 
-def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
-    """One line a fault: the key, what is wrong, the nearest known key."""
+def _explain(error: ValidationError, kind: type[BaseModel], values: object) -> Iterator[str]:
+    """One line a fault of `values`: the key, what is wrong, the nearest known key."""
     for fault in error.errors():
         location = [str(part) for part in fault["loc"]]
-        key = ".".join(location)
+        key = ".".join(_written(fault["loc"], values, fault["type"] == "missing"))
         if fault["type"] == "extra_forbidden":
             known = sorted(_known_keys(kind, location[:-1]))
             near = difflib.get_close_matches(location[-1], known, n=1)
@@ -457,7 +498,21 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> Iterator[str]:
             yield f"{key} is missing."
         else:
             value = "" if isinstance(fault["input"], dict) else f", got {fault['input']!r}"
-            yield f"{key or 'recipe'}: {fault['msg']}{value}."
+            yield f"{key or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}{value}."
+
+
+def _written(location: Sequence[str | int], values: Any, missing: bool) -> Iterator[str]:
+    """A fault's location without the tags that pydantic adds to say which of a union it took.
+
+    They are no keys of what was written; nor is, as the last, the one that is `missing`.
+    """
+    for place, part in enumerate(location):
+        items = range(len(values)) if isinstance(values, (list, tuple)) else ()
+        if part in (values if isinstance(values, dict) else items):
+            values = values[part]
+        elif not missing or place < len(location) - 1:
+            continue
+        yield str(part)
 
 
 def _known_keys(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
@@ -475,7 +530,7 @@ def _known_keys(kind: type[BaseModel], location: Sequence[str]) -> set[str]:
 
 def _has_tag(model: type[BaseModel], tag: str) -> bool:
     """Whether a union of parts knows this one by the tag."""
-    fields = [model.model_fields.get(name) for name in ("type", "template")]
+    fields = [model.model_fields.get(name) for name in TAGS]
     return any(tag in get_args(field.annotation) for field in fields if field)
 
 

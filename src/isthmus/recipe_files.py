@@ -1,17 +1,18 @@
-"""The files of recipes, read as they are: where they lie, and the YAML in them.
+"""The files of recipes and sweeps, read as they are: where they lie, and the YAML in them.
 
 What can be known of a recipe without torch, in which its settings are checked.
 """
 
 import difflib
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, suggest
 
 
 class _Loader(yaml.SafeLoader):
@@ -74,6 +75,56 @@ def find_recipe(name: str) -> Path:
     near = difflib.get_close_matches(short, shipped, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else " `isthmus recipes` lists the shipped ones."
     raise IsthmusError(f"No recipe {name!r}: neither a file nor shipped.{hint}")
+
+
+def shipped_sweeps() -> dict[str, Path]:
+    """Sweeps that come with isthmus, by name such as `t4`."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "sweeps", package.parent.parent / "sweeps"):
+        if folder.is_dir():
+            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
+    return {}
+
+
+def find_sweep(name: str) -> Path:
+    """The file `name`, or the shipped sweep of that name."""
+    shipped = shipped_sweeps()
+    short = name.removeprefix("sweeps/").removesuffix(".yaml")
+    if Path(name).is_file():
+        return Path(name)
+    if short in shipped:
+        return shipped[short]
+    hint = _holding(short) or suggest(short, shipped)
+    raise IsthmusError(
+        f"No sweep {name!r}: neither a file nor shipped.{hint} Shipped: {', '.join(shipped)}."
+    )
+
+
+def _holding(name: str) -> str:
+    """A hint at the sweep that a table has its figures in, for `t9` of tables 9 and 10."""
+    numbered = re.fullmatch(r"t(\d+)", name)
+    for sweep, about in sweep_titles().items() if numbered else ():
+        tables = about["source"].partition("table")[2]
+        if numbered and numbered[1] in re.findall(r"\d+", tables):
+            return f" Table {numbered[1]} is in {sweep!r}."
+    return ""
+
+
+def sweep_titles() -> dict[str, dict[str, Any]]:
+    """Title, source and scales of each shipped sweep."""
+    found = {}
+    for name, file in shipped_sweeps().items():
+        sweep = parse_yaml(file.read_text(encoding="utf-8"))
+        found[name] = {name: sweep[name] for name in ("title", "source")}
+        found[name]["scales"] = list(sweep["scales"])
+    return found
+
+
+def as_override(key: str, value: Any) -> str:
+    """A setting as one would type it in a shell, to change it: `a.b=c`, quoted where need be."""
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, width=10**9)
+    text = text.strip().removesuffix("\n...")  # that ends a plain value
+    return shlex.quote(f"{key}={text}")
 
 
 def made_by(file: Path, path: str) -> str:

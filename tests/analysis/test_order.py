@@ -12,6 +12,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from isthmus.analysis.figures import between, interval_text
 from isthmus.analysis.order import Spoken, measure_order, strangers, write_order
 from isthmus.decoding import transcriber
 from isthmus.errors import IsthmusError
@@ -166,3 +167,9 @@ def speech_like(tmp_path: Path) -> Path:
         soundfile.write(folder / f"u{place}.wav", sound, 16_000)
         (folder / f"u{place}.txt").write_text(text)
     return folder
+
+
+def test_a_bound_below_zero_stands_beside_no_dash() -> None:
+    assert between(0.06, 0.2, digits=2) == "0.06–0.20"
+    assert between(-0.2, -0.06, digits=2) == "-0.20 to -0.06"
+    assert interval_text((-0.001, 0.02)) == "-0.1 to 2.0"

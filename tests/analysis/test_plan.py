@@ -299,6 +299,12 @@ def test_shipped_recipes(name: str) -> None:
     assert plan.parts["projector"].trained > 10_000_000
 
 
+def test_a_warm_up_that_never_ends_is_noted() -> None:
+    for steps, noted in ((20, True), (2000, False)):
+        plan = make_plan(load_recipe("slam_asr/paper", [f"train.steps={steps}"]), hours=10)
+        assert any("train.warmup_steps 1,000 is not less" in note for note in plan.notes) == noted
+
+
 def test_a_folder_that_is_yet_to_be_trained() -> None:
     encoder = {"type": "conformer", "path": "runs/absent/model"}
     with pytest.raises(IsthmusError, match=r"runs/absent/model: there is no .*conformer:18"):

@@ -16,13 +16,14 @@ import soundfile
 import torch
 
 from isthmus.analysis import sweep_runs
-from isthmus.analysis.sweep import Plan, make_plan, shipped_sweeps
+from isthmus.analysis.sweep import Plan, make_plan
 from isthmus.analysis.sweep_checks import Checks
 from isthmus.analysis.sweep_runs import RESULT, Sweeper, states
 from isthmus.analysis.sweep_table import Table, markdown
 from isthmus.errors import IsthmusError
 from isthmus.files import FolderLock
 from isthmus.model.parts import SHIPPED
+from isthmus.recipe_files import shipped_sweeps
 from isthmus.training.loop import OnStep
 from isthmus.training.runs import train
 
@@ -217,6 +218,7 @@ def test_rows_are_done_once_and_the_table_says_all(sweep: Path, isthmus: Command
     code, said, _ = isthmus("reproduce", sweep, "-o", out, "--dry-run", "--json")
     assert (code, [run["state"] for run in json.loads(said)]) == (0, ["to do", "to do"])
     assert not out.exists(), "a dry run writes nothing"
+    assert "base.yaml projector.hidden=4\n" in isthmus("reproduce", sweep, "--dry-run")[1]
     code, said, log = isthmus("reproduce", sweep, "-o", out, "--json")
     assert code == 0, log
     found = json.loads(said)
@@ -462,6 +464,32 @@ def test_missing_data_is_one_error_before_anything(
     Sweeper(plan_of(sweep), silent).reproduce()
     monkeypatch.delenv("SPEECH_HERE")  # what is finished can be shown without
     assert len(Sweeper(plan_of(sweep), silent).reproduce().results) == 2
+
+
+def test_all_that_a_papers_sweep_lacks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for variable in ("LIBRISPEECH", "QWEN_AUDIO_ENCODER"):
+        monkeypatch.delenv(variable, raising=False)
+    plan = make_plan("t4", "paper", tmp_path)
+    with pytest.raises(IsthmusError) as error:
+        plan.check_data(plan.runs)
+    said = str(error.value)
+    assert said.count("variable LIBRISPEECH is not set") == 1
+    assert "`isthmus prepare librispeech SOURCE FOLDER`, then `export LIBRISPEECH=FOLDER`" in said
+    corpora = plan.corpora(plan.runs)
+    assert len(corpora) > 3
+    assert all(corpus in said for corpus in corpora[:3])
+    assert f" and {len(corpora) - 3} more:" in said
+    assert "row 'Whisper-large-v2 of Qwen-Audio': " in said
+    assert said.count("variable QWEN_AUDIO_ENCODER is not set") == 1
+    monkeypatch.setenv("LIBRISPEECH", str(tmp_path))
+    with pytest.raises(IsthmusError, match=f"variable LIBRISPEECH is '{tmp_path}'"):
+        plan.check_data(plan.runs)
+    for corpus in corpora:
+        (tmp_path / Path(corpus).name).touch()
+    plan.check_data(plan.runs)  # the other rows can be done
+    assert "QWEN_AUDIO_ENCODER is not set" in caplog.text
 
 
 def test_names_that_are_unknown(sweep: Path, isthmus: Command) -> None:

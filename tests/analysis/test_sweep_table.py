@@ -53,6 +53,9 @@ def made_of(sweep: Path, wide: list[int], narrow: list[int], jumps: Mapping[str,
         ([3] * 40, [1] * 40, "not reproduced"),
         ([1, 3] * 20, [3, 1] * 20, "cannot be seen at this size"),
         ([1] * 40, [1] * 40, "cannot be seen at this size"),
+        ([9] * 40, [17] * 40, "cannot be seen at this size"),
+        ([8] * 40, [17] * 40, "reproduced"),  # one of them reads a little
+        ([17] * 40, [8] * 40, "not reproduced"),
     ],
 )
 def test_claims_on_errors(sweep: Path, wide: list[int], narrow: list[int], verdict: str) -> None:
@@ -60,6 +63,7 @@ def test_claims_on_errors(sweep: Path, wide: list[int], narrow: list[int], verdi
     found, figures = judge(made_of(sweep, wide, narrow, {}), claim)
     assert found == verdict
     assert f"wide {10 * np.mean(wide):.2f} %" in figures
+    assert figures.startswith("neither reads") == (min(*wide, *narrow) >= 9)
 
 
 @pytest.mark.parametrize(

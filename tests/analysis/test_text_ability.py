@@ -14,10 +14,11 @@ from isthmus.analysis import text_ability as module
 from isthmus.analysis.perplexity import Likelihood, Perplexity
 from isthmus.analysis.text_ability import TextAbility, text_ability
 from isthmus.errors import IsthmusError
+from isthmus.model.adapters import save_adapter
 from isthmus.model.llm import LLMSettings
 from isthmus.recipe import Recipe
 from isthmus.training.export import export_adapter
-from isthmus.training.runs import load_run, train
+from isthmus.training.runs import load_run, stored_recipe, train
 
 Run = Callable[..., Path]
 TEXTS = ["go left", "stop", "one two three", "yes please", "turn it on"]
@@ -150,9 +151,10 @@ def test_an_exported_adapter_opens_in_peft_and_merges(
     from transformers import AutoModelForCausalLM
 
     run = make_run("lora")
-    code, out, _ = isthmus("export-adapter", run, tmp_path / "adapter", "--json")
-    assert code == 0
+    code, out, err = isthmus("export-adapter", run, tmp_path / "adapter", "--json")
+    assert (code, err) == (0, "")
     base = json.loads(out)["base"]
+    assert base == stored_recipe(run).llm.path
     llm = load_run(run)[0].llm
     tokens = torch.tensor([[1, *llm.tokenizer.encode("go left", add_special_tokens=False)]])
     expected = llm.network(input_ids=tokens).logits
@@ -166,6 +168,16 @@ def test_an_exported_adapter_opens_in_peft_and_merges(
     joined = LLMSettings(path=str(tmp_path / "merged")).build().eval()
     found = joined.network(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("base", ["someone/words", "isthmus/tiny-lm"])
+def test_an_adapter_names_its_model_as_the_recipe_does(
+    make_run: Run, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", pytest.fail)
+    save_adapter(load_run(make_run("lora"))[0].llm, tmp_path / "adapter", base, "abc")
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == (base, "abc")
 
 
 def test_exporting_says_what_is_missing(

@@ -395,3 +395,30 @@ def test_ray_does_the_same(recordings: str, tmp_path: Path) -> None:
     report = transcribe_corpora(shipped, corpora, tmp_path / "ray", cluster=ray)
     assert report["failed"] == 1
     assert outputs(tmp_path / "ray") == outputs(tmp_path / "alone")
+
+
+def test_the_verb_says_what_has_no_effect_and_how_texts_ended(
+    isthmus: Callable[..., tuple[int, str, str]],
+    recordings: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: dict[str, Any] = {}
+    ends = {"length": 3, "no_speech": 1, "stop": 8}
+
+    def done(*arguments: object, **options: object) -> dict[str, Any]:
+        asked.update(options)
+        return {"utterances": 12, "failed": 0, "finish_reasons": ends}
+
+    monkeypatch.setattr("isthmus.decoding.job.transcribe_corpora", done)
+    flags = ["-f", "srt", "--max-line-width", "40", "--nbest", "2"]
+    code, out, err = isthmus("transcribe", recordings, "-o", tmp_path / "out", *flags)
+    assert (code, asked["words"]) == (0, False)
+    line = "12 utterances, 0 of them failed, 3 ended by length, 1 ended by no_speech"
+    assert out == f"{line}: {tmp_path / 'out'}\n"
+    for flag in ("--output-format", "--max-line-width", "--nbest"):
+        assert f"warning: {flag} has no effect on corpora" in err
+    assert err.count("warning: ") == 3
+    ends.clear()
+    code, out, err = isthmus("transcribe", recordings, "-o", tmp_path / "out")
+    assert (out, err) == (f"12 utterances, 0 of them failed: {tmp_path / 'out'}\n", "")

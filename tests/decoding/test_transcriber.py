@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -337,3 +338,15 @@ def test_a_run_of_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None
     assert load("someone/ears").settings.beam_size == load().settings.beam_size
     assert asked[0]["name"] == "someone/ears"
     assert not any("checkpoints" in pattern for pattern in asked[0]["allow_patterns"])
+
+
+def test_what_settings_need_is_looked_for_before_the_model_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("isthmus.decoding.transcriber.load_run", pytest.fail)
+    (tmp_path / "broken.arpa").write_text("no n-grams")
+    with pytest.raises(IsthmusError, match=r"Cannot read n-gram model .*broken\.arpa"):
+        load(ngram=str(tmp_path / "broken.arpa"))
+    monkeypatch.setitem(sys.modules, "silero_vad", None)
+    with pytest.raises(IsthmusError, match=r"--gate.* is silero, .*isthmus\[vad\]"):
+        load(gate="silero")

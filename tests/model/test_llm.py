@@ -67,10 +67,13 @@ def test_a_frozen_model_is_not_held_in_float16(
     assert LLMSettings(path=str(tmp_path), dtype="float16").build().dtype == torch.float16
 
 
-def test_saved_in_half_precision_is_loaded_in_full(tmp_path: Path) -> None:
+def test_saved_in_half_precision_is_loaded_in_full(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     architecture = LLMArchitecture(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     llm = architecture.build(character_tokenizer(chat=True))
     save_llm(llm, tmp_path)
+    assert capsys.readouterr().err == ""  # no progress bar
     again = LLMSettings(path=str(tmp_path)).build()
     assert again.dtype == torch.float32
     assert again.tokenizer.chat_template == llm.tokenizer.chat_template

@@ -110,6 +110,15 @@ def run(folder: Path, task: Regression | None = None, **changes: Any) -> Regress
     return task
 
 
+@pytest.mark.parametrize(("steps", "told"), [(2, True), (3, False)])
+def test_a_warm_up_that_never_ends_is_told_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, steps: int, told: bool
+) -> None:
+    run(tmp_path / "run", steps=steps)
+    said = [line for line in caplog.messages if "train.warmup_steps 2 is not less" in line]
+    assert len(said) == told
+
+
 class Killed(Exception):
     pass
 

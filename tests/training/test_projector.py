@@ -16,7 +16,7 @@ from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import speech_data
 from isthmus.training.loop import METRICS
 from isthmus.training.projector import SpeechTask
-from isthmus.training.runs import Opening, train
+from isthmus.training.runs import SHAPING, Opening, train
 
 TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")
 INSTRUCTIONS = ["Say it.", "Write down what is said.", ""]
@@ -113,6 +113,37 @@ def test_resume_is_exact(
     assert numbers(whole) == numbers(parts)
     last = Path("checkpoints") / "step-000005" / WEIGHTS
     assert (whole / last).read_bytes() == (parts / last).read_bytes()
+
+
+def test_other_weights_than_those_of_the_run_are_refused_for_good(
+    make: Make, tmp_path: Path
+) -> None:
+    train(make(train={"steps": 1}), tmp_path / "run")
+    for part, key, value in (("llm", "tune", "lora"), ("projector", "hidden", 4)):
+        other = make(train={"steps": 1}, **{part: {key: value}})
+        for allowed in ((), (f"{part}.{key}",)):
+            with pytest.raises(IsthmusError, match=rf"{part}\.{key}: .* then, ") as refused:
+                train(other, tmp_path / "run", Opening(resume=True, allow_change=allowed))
+            assert "--allow-change" not in str(refused.value)
+    with pytest.raises(IsthmusError, match=r"allow it: --allow-change train\.steps$"):
+        train(make(), tmp_path / "run", Opening(resume=True))
+
+
+@pytest.mark.parametrize(
+    ("key", "shaping"),
+    [
+        ("encoder.tune", True),
+        ("encoder.second.num_mels", True),
+        ("llm.lora.rank", True),
+        ("projector.type", True),
+        ("encoder.path", False),
+        ("encoder.second.revision", False),
+        ("llm.path", False),
+        ("train.steps", False),
+    ],
+)
+def test_keys_that_say_which_weights_are_trained(key: str, shaping: bool) -> None:
+    assert bool(SHAPING.match(key)) == shaping
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:

@@ -10,7 +10,12 @@ def rate_text(rate: float | None) -> str:
 
 def interval_text(bounds: tuple[float, float] | None) -> str:
     """Bounds of a rate in percent, without the sign."""
-    return DASH if bounds is None else f"{100 * bounds[0]:.1f}{DASH}{100 * bounds[1]:.1f}"
+    return DASH if bounds is None else between(100 * bounds[0], 100 * bounds[1], digits=1)
+
+
+def between(low: float, high: float, digits: int) -> str:
+    """Two bounds: 1.2–3.4, but -1.2 to 3.4, where a dash would be read as one more minus."""
+    return f"{low:.{digits}f}{' to ' if min(low, high) < 0 else DASH}{high:.{digits}f}"
 
 
 def count_text(number: int) -> str:

@@ -20,6 +20,7 @@ from isthmus.analysis.alignment import (
     monotonicity,
     token_directions,
 )
+from isthmus.analysis.figures import DASH, between
 from isthmus.analysis.report import page
 from isthmus.analysis.svg import heat_map
 from isthmus.errors import IsthmusError
@@ -223,7 +224,7 @@ def write_order(order: Order, title: str, file: Path) -> None:
 
 
 def _interval(mean: Mean) -> str:
-    return "–" if mean.interval is None else f"{mean.interval[0]:.2f}–{mean.interval[1]:.2f}"
+    return DASH if mean.interval is None else between(*mean.interval, digits=2)
 
 
 def _figure(item: Alignment, caption: str) -> str:

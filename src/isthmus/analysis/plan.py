@@ -16,14 +16,14 @@ from isthmus.analysis.sizes import (
     uses_cache,
     weight_bytes,
 )
-from isthmus.errors import IsthmusError, suggest
+from isthmus.errors import IsthmusError
 from isthmus.model.encoder import Encoder, PairSettings, WhisperEncoder, parameters
 from isthmus.model.presets import PRESETS
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Corpus, DataSettings, Recipe
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript
-from isthmus.training.hardware import PEAKS
+from isthmus.training.hardware import named_peak
 from isthmus.training.languages import allotment, check_named, chosen, language
 
 HOURS = 960.0  # LibriSpeech ...
@@ -33,7 +33,6 @@ ENGLISH = "the quick brown fox jumps over the lazy dog and runs back to the hill
 COUNTED_TEXTS = 1000  # transcripts whose tokens are counted
 WINDOW_SECONDS = 30.0
 OPTIMISER_BYTES = 12  # of a trained parameter: gradient and two moments of AdamW, in float32
-COMMON = {"A100": "A100 SXM4", "A800": "A800 SXM4", "V100": "V100 SXM2"}
 
 
 @dataclass(frozen=True)
@@ -60,14 +59,7 @@ class Hardware:
 
     def flops_an_hour(self) -> float:
         """Raises IsthmusError for a GPU without a known peak."""
-        name = self.gpu.upper()
-        name = COMMON.get(name, name)
-        if name not in PEAKS:
-            raise IsthmusError(
-                f"--gpu {self.gpu}: its peak is not known.{suggest(name, PEAKS)} Known: "
-                f"{', '.join(PEAKS)}."
-            )
-        return PEAKS[name] * 1e12 * 3600 * self.count * self.mfu
+        return named_peak(self.gpu) * 3600 * self.count * self.mfu
 
 
 @dataclass(frozen=True)
@@ -299,6 +291,8 @@ def _notes(recipe: Recipe, model: SpeechLLM) -> Iterator[str]:
         yield "hours are those of train.precision: bfloat16; this recipe's float32 takes longer."
     if recipe.data.feature_cache != "none" and not uses_cache(recipe):
         yield "data.feature_cache is off: the audio, or the encoder, changes."
+    if fault := recipe.train.warmup_fault():
+        yield fault
 
 
 def table(heads: list[str], rows: list[list[str]]) -> Iterator[str]:

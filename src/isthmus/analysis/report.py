@@ -262,7 +262,8 @@ def _calibration(found: Calibration | None) -> str:
         f"is off by {100 * found.error:.1f} % on average (expected calibration error); on the line "
         "it would be right as often as it says. A larger dot stands for more words."
     )
-    return html_section("How sure, how right", f"<figure>{chart}</figure>{html_note(escape(text))}")
+    drawn = f'<figure class="single">{chart}</figure>'
+    return html_section("How sure, how right", drawn + html_note(escape(text)))
 
 
 def _examples(examples: Sequence[Example]) -> str:

@@ -7,8 +7,10 @@ where what all sweeps share lies: speech/NAME, models/NAME/model, and the runs.
 
 import hashlib
 import json
+import logging
+import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -26,10 +28,14 @@ from isthmus.recipe import (
     checked_settings,
     named_models,
 )
-from isthmus.recipe_files import parse_yaml, read_recipe
+from isthmus.recipe_files import find_sweep, parse_yaml, read_recipe, shipped_sweeps
 from isthmus.speech.utterances import expand_path, find_corpus
 
 SWEEP = "${SWEEP}"
+SHOWN = 3  # corpora of a kind that are not there
+PREPARED = ("librispeech", "mls")  # by `isthmus prepare`, for variables of these names
+
+log = logging.getLogger(__name__)
 
 AnyExperiment = TypeVar("AnyExperiment", bound=Experiment)
 
@@ -238,22 +244,47 @@ class Plan:
         return list(dict.fromkeys(named))
 
     def check_data(self, runs: Sequence[Run]) -> None:
-        """Raise IsthmusError, with a remedy, for corpora that are not there."""
-        faults: dict[str, str] = {}
+        """Raise IsthmusError, with remedies, for corpora that are not there.
+
+        It also names models' variables that are not set; these alone only fail their rows.
+        """
+        missing: dict[str, list[str]] = {}  # by the variable that they begin with
+        faults = []
         for name in self.corpora(runs):
-            if SWEEP in name:
-                continue  # which is made
             try:
-                find_corpus(name)
+                if SWEEP not in name:  # which is made
+                    find_corpus(name)
             except IsthmusError as error:
-                unset = re.search(r"variable (\w+) is not set", str(error))
-                faults.setdefault(unset[1] if unset else name, f"  {error}")
+                if variable := re.match(r"\$\{?(\w+)", name):
+                    missing.setdefault(variable[1], []).append(name)
+                else:
+                    faults.append(f"  {error}")
+        faults += [_missing_text(*found) for found in missing.items()]
+        unset = [f"  {fault}" for fault in dict.fromkeys(self._unset_models(runs))]
         if faults:
-            raise IsthmusError(
-                "\n".join([f"{self.name} needs speech that is not there:", *faults.values()])
-                + "\nMake manifests of a corpus with `isthmus prepare`, and let the variable name "
-                "their folder."
-            )
+            head = f"{self.name} needs speech that is not there:"
+            raise IsthmusError("\n".join([head, *faults, *unset]))
+        for fault in unset:
+            log.warning("%s", fault.strip())
+
+    def _unset_models(self, runs: Sequence[Run]) -> Iterator[str]:
+        for run in runs:
+            try:
+                self.expanded(run.recipe)
+            except IsthmusError as error:
+                yield f"row {run.row.name!r}: {error}"
+
+
+def _missing_text(variable: str, names: Sequence[str]) -> str:
+    """Corpora that are not where the variable says, and what to do."""
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    folder = os.environ.get(variable)
+    kind = variable.lower() if variable.lower() in PREPARED else "KIND"
+    return (
+        f"  {', '.join(names[:SHOWN])}{more}: the environment variable {variable} is "
+        f"{repr(folder) if folder else 'not set'}. "
+        f"Make them: `isthmus prepare {kind} SOURCE FOLDER`, then `export {variable}=FOLDER`."
+    )
 
 
 def _mentions(text: str, kind: str, name: str) -> bool:
@@ -319,35 +350,3 @@ def pretraining(model: Model | str) -> CTCRecipe | LanguageRecipe:
 
 def _overrides(changes: Mapping[str, Any]) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]  # JSON is YAML
-
-
-def shipped_sweeps() -> dict[str, Path]:
-    """Sweeps that come with isthmus, by name such as `t4`."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "sweeps", package.parent.parent / "sweeps"):
-        if folder.is_dir():
-            return {file.stem: file for file in sorted(folder.glob("*.yaml"))}
-    return {}
-
-
-def find_sweep(name: str) -> Path:
-    """The file `name`, or the shipped sweep of that name."""
-    shipped = shipped_sweeps()
-    short = name.removeprefix("sweeps/").removesuffix(".yaml")
-    if Path(name).is_file():
-        return Path(name)
-    if short in shipped:
-        return shipped[short]
-    raise IsthmusError(
-        f"No sweep {name!r}: neither a file nor shipped.{suggest(short, shipped)} Shipped: "
-        f"{', '.join(shipped)}."
-    )
-
-
-def sweep_titles() -> dict[str, dict[str, Any]]:
-    """Title, source and scales of each shipped sweep."""
-    found = {}
-    for name, file in shipped_sweeps().items():
-        sweep = read_sweep(file)
-        found[name] = {"title": sweep.title, "source": sweep.source, "scales": list(sweep.scales)}
-    return found

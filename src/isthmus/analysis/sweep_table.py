@@ -138,9 +138,14 @@ def judge(table: Table, claim: Claim) -> tuple[str, str]:
     """A verdict made of the numbers only, and these."""
     if not {claim.row, claim.than} <= table.results.keys():
         return "not measured yet", ""
-    return _judge_lower(table, claim) if claim.lower else _judge_earlier(table, claim)
+    verdict, figures = _judge_lower(table, claim) if claim.lower else _judge_earlier(table, claim)
+    rates = [table.overall[name]["wer"] for name in (claim.row, claim.than)]
+    if all(rate is not None and rate >= UNREAD for rate in rates):
+        return UNSEEN, f"neither reads; {figures}"
+    return verdict, figures
 
 
+UNREAD = 0.9  # a WER from which on hardly a word is right, and which row has more is chance
 REPRODUCED, OTHERWISE, UNSEEN = "reproduced", "not reproduced", "cannot be seen at this size"
 
 

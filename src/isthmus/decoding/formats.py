@@ -157,8 +157,8 @@ def check_folder(folder: str | Path) -> None:
             pass
     except OSError as error:
         raise IsthmusError(
-            f"{folder} cannot be written: {place}: {error.strerror}. Name another folder with "
-            "--output-dir."
+            f"{folder} cannot be written: nothing can be made in {place} ({error.strerror}). Name "
+            "another folder with --output-dir."
         ) from error
 
 

@@ -27,7 +27,7 @@ import torch
 from lhotse.cut import Cut, MonoCut
 
 from isthmus.decoding.formats import transcript_dict
-from isthmus.decoding.transcriber import Result, load, run_folder
+from isthmus.decoding.transcriber import Result, decode_settings, load, run_folder
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, recover_folder, write_atomic
@@ -41,7 +41,6 @@ from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
 from isthmus.training.folder import DEFAULT, RECIPE
 from isthmus.training.loop import BEST, CHECKPOINTS
 from isthmus.training.runs import PARTS as FROZEN
-from isthmus.training.runs import stored_recipe
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
@@ -93,8 +92,7 @@ def system(
     Raises IsthmusError.
     """
     folder = run_folder(run)
-    given = {name: value for name, value in (settings or {}).items() if value is not None}
-    decode = change_settings(stored_recipe(folder).decode, given)
+    decode = decode_settings(folder, settings or {})
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})

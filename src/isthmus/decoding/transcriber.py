@@ -1,10 +1,11 @@
 """From audio to text with a trained run."""
 
+import importlib.util
 import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
 from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search
 from isthmus.decoding.confidence import word_confidences
 from isthmus.decoding.draft import draft_search
-from isthmus.decoding.fusion import Hotwords, NGramFusion, read_arpa
+from isthmus.decoding.fusion import Hotwords, NGram, NGramFusion, read_arpa
 from isthmus.decoding.inputs import recording_seconds
 from isthmus.decoding.joint import CANDIDATES, CTCPrefixScorer, CTCSpelling
 from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, split
@@ -42,7 +43,7 @@ from isthmus.training.batches import collate
 from isthmus.training.data import feature_cache
 from isthmus.training.features import FeatureCache
 from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.runs import load_run
+from isthmus.training.runs import load_run, stored_recipe
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
@@ -76,7 +77,8 @@ class Transcriber:
     """A model with its decoding settings; the text of an utterance depends on nothing else.
 
     With a `cache`, the encoder's frames of cuts are read from it and kept in it. `aligner` gives
-    words their times; the encoder's own CTC head does where there is one.
+    words their times; the encoder's own CTC head does where there is one. `ngram` is what
+    `settings.ngram` names, if that was read already.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Transcriber:
         settings: DecodeSettings,
         cache: FeatureCache | None = None,
         aligner: CTCModel | None = None,
+        ngram: NGram | None = None,
     ):
         self.model = model.eval()
         self.settings = settings
@@ -94,7 +97,7 @@ class Transcriber:
         self.aligner = aligner.to(self._device) if aligner is not None else self.ctc
         self.prompts = prompts_to_ask(model, settings.instruction)
         self.ends = model.llm.end_tokens(model.end_token)
-        self.scorers = _scorers(settings, model.llm.tokenizer)
+        self.scorers = _scorers(settings, model.llm.tokenizer, ngram)
         self.joint = self._joint()
         alone = self.joint is not None and not self.scorers
         self.options = SearchOptions(
@@ -460,23 +463,42 @@ def load(
     one. `align_model`: a CTC model that tells when words were said. Further arguments are those of
     DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid.
     """
-    model, recipe = load_run(run_folder(run))
-    given = {name: value for name, value in settings.items() if value is not None}
+    folder = run_folder(run)
+    decode = decode_settings(folder, settings)
+    ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
+    model, recipe = load_run(folder)
     return Transcriber(
         model,
-        change_settings(recipe.decode, given),
+        decode,
         feature_cache(recipe, model) if cached else None,
         load_ctc(align_model) if align_model else None,
+        ngram,
     )
 
 
-def _scorers(settings: DecodeSettings, tokenizer: Any) -> list[Scorer]:
+def decode_settings(run: Path, changes: Mapping[str, Any]) -> DecodeSettings:
+    """The run's own, some of them replaced; None leaves one. No model is loaded.
+
+    Raises IsthmusError for one that is not valid, or that needs what is not installed.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    settings = change_settings(stored_recipe(run).decode, given)
+    if settings.gate == "silero" and importlib.util.find_spec("silero_vad") is None:
+        raise IsthmusError(
+            "decode.gate (--gate) is silero, which is not installed. Install the extra: pip "
+            "install 'isthmus[vad]', or choose energy."
+        )
+    return settings
+
+
+def _scorers(settings: DecodeSettings, tokenizer: Any, ngram: NGram | None) -> list[Scorer]:
     """What else has a say in the search."""
     found: list[Scorer] = []
     if settings.hotwords:
         found.append(Hotwords(settings.hotwords, tokenizer, settings.hotword_bonus))
     if settings.ngram is not None:
-        found.append(NGramFusion(read_arpa(settings.ngram), tokenizer, settings.ngram_weight))
+        ngram = ngram or read_arpa(settings.ngram)
+        found.append(NGramFusion(ngram, tokenizer, settings.ngram_weight))
     return found
 
 

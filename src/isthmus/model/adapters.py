@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from isthmus.model.llm import LLM
-from isthmus.model.parts import SHIPPED
+from isthmus.model.parts import no_bars
 
 
 def save_adapter(llm: LLM, folder: Path, base: str, revision: str | None = None) -> None:
@@ -16,11 +16,13 @@ def save_adapter(llm: LLM, folder: Path, base: str, revision: str | None = None)
     """
     network: Any = llm.network
     config = network.peft_config[network.active_adapters()[0]]
-    config.base_model_name_or_path = str(SHIPPED.get(base, base))
-    config.revision = revision
     config.task_type = "CAUSAL_LM"
     config.inference_mode = True
-    network.save_pretrained(folder)
+    config.base_model_name_or_path = None  # or else peft asks the hub for it
+    with no_bars():
+        network.save_pretrained(folder)
+    config.base_model_name_or_path, config.revision = base, revision
+    config.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -263,7 +263,20 @@ def save_half(network: Any, folder: Path) -> None:
         name: value.half() if value.is_floating_point() else value
         for name, value in network.state_dict().items()
     }
-    network.save_pretrained(folder, state_dict=half)
+    with no_bars():
+        network.save_pretrained(folder, state_dict=half)
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, for what takes seconds."""
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 @contextmanager
@@ -272,15 +285,11 @@ def loading(path: str) -> Iterator[None]:
 
     Its progress bars are off meanwhile: downloading is done, and reading takes seconds.
     """
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        yield
+        with no_bars():
+            yield
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise IsthmusError(f"{path} cannot be loaded: {error}") from error
-    finally:
-        if bars:
-            transformers_logging.enable_progress_bar()
 
 
 def freeze(module: nn.Module) -> None:

@@ -64,7 +64,9 @@ class LinearProjectorSettings(ProjectorBase):
         if isinstance(values, dict):
             rate, stride = values.get("downsample_rate"), values.get("stride_ms")
             if rate is not None and stride is not None:
-                raise ValueError("give one of downsample_rate, stride_ms, not both")
+                raise ValueError(
+                    "give one of downsample_rate, stride_ms, not both: set the other to null"
+                )
             if rate is None and stride is None:
                 return {**values, "downsample_rate": 5}
         return values

@@ -22,7 +22,6 @@ def export_adapter(run: Path, folder: Path) -> str:
     if tune != "lora":
         raise IsthmusError(f"{run} has no adapters: its llm.tune is {tune}, not lora.")
     model, recipe = load_run(run)
-    base = Path(recipe.llm.path).expanduser()
-    name = str(base.absolute()) if base.is_dir() else recipe.llm.path
-    write_folder(folder, lambda path: save_adapter(model.llm, path, name, recipe.llm.revision))
-    return name
+    base, revision = recipe.llm.path, recipe.llm.revision
+    write_folder(folder, lambda path: save_adapter(model.llm, path, base, revision))
+    return base

@@ -1,8 +1,12 @@
 """What GPUs can do at best, to compare what they do with it."""
 
 import re
+from typing import TYPE_CHECKING
 
-import torch
+from isthmus.errors import IsthmusError, suggest
+
+if TYPE_CHECKING:
+    import torch
 
 PEAKS = {  # TFLOP/s
     "B200": 2250.0,
@@ -38,10 +42,21 @@ PEAKS = {  # TFLOP/s
     "V100S PCIE": 130.0,
     "T4": 65.0,
 }
+COMMON = {"A100": "A100 SXM4", "A800": "A800 SXM4", "V100": "V100 SXM2"}
 MAKER_OR_MEMORY = re.compile(r"NVIDIA|TESLA|GEFORCE|GENERATION|\d+GB?|HBM\w+")
 
 
-def peak_flops(device: torch.device) -> float | None:
+def named_peak(gpu: str) -> float:
+    """That of a GPU by name, in FLOP/s; needs no torch. Raises IsthmusError for one not known."""
+    name = COMMON.get(gpu.upper(), gpu.upper())
+    if name not in PEAKS:
+        raise IsthmusError(
+            f"--gpu {gpu}: its peak is not known.{suggest(name, PEAKS)} Known: {', '.join(PEAKS)}."
+        )
+    return PEAKS[name] * 1e12
+
+
+def peak_flops(device: "torch.device") -> float | None:
     """Most floating-point operations a second of a GPU in dense bfloat16 matrix products.
 
     They are NVIDIA's figures: of the data-centre GPUs in their datasheets, where those with
@@ -51,6 +66,8 @@ def peak_flops(device: torch.device) -> float | None:
     """
     if device.type != "cuda":
         return None
+    import torch
+
     words = re.split(r"[\s-]+", torch.cuda.get_device_name(device).upper())
     peak = PEAKS.get(" ".join(word for word in words if not MAKER_OR_MEMORY.fullmatch(word)))
     return None if peak is None else peak * 1e12

@@ -151,6 +151,9 @@ def fit(
     """
     run = _Run(task, settings, folder, ranks or Ranks(), _optimiser(task, settings))
     run.dev = task.dev_plan()
+    fault = settings.warmup_fault()
+    if fault and run.ranks.leads:
+        log.warning("%s", fault)
     _start(run, resume)
     progress = run.progress
     plan = lru_cache(maxsize=2)(task.plan)

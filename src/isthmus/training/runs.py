@@ -56,6 +56,8 @@ log = logging.getLogger(__name__)
 
 VERSIONS = ("isthmus", "torch", "transformers", "tokenizers", "safetensors", "lhotse")
 COMPARED = (*VERSIONS, "code")  # what must be the same when a run is resumed
+SHAPING = re.compile(r"(encoder|projector)\.(?!(.*\.)?(path|revision)$)|llm\.(tune$|lora\b)")
+"""Keys that say which weights are trained: those of a run would fit no others."""
 
 
 @dataclass(frozen=True)
@@ -148,14 +150,19 @@ class RunFolder:
 
     def _refuse(self, changes: Mapping[str, tuple[Any, Any]]) -> None:
         """Raise IsthmusError for changes that were not allowed."""
-        refused = {key: pair for key, pair in changes.items() if not self._allowed(key)}
+        # A key that only one side has may be of another version, and set to what was always done.
+        shaping = {key for key, pair in changes.items() if SHAPING.match(key) and None not in pair}
+        refused = {k: pair for k, pair in changes.items() if k in shaping or not self._allowed(k)}
         if refused:
             lines = [f"  {key}: {old!r} then, {new!r} now" for key, (old, new) in refused.items()]
             keys = " ".join(f"--allow-change {key}" for key in refused)
-            raise IsthmusError(
-                "\n".join([f"{self.folder} was begun otherwise:", *lines])
-                + f"\nPut it back, train into a new folder, or allow it: {keys}"
+            remedy = (
+                f"Put it back, or train into a new folder: other weights than these are trained "
+                f"with another {', '.join(sorted(shaping))}."
+                if shaping
+                else f"Put it back, train into a new folder, or allow it: {keys}"
             )
+            raise IsthmusError("\n".join([f"{self.folder} was begun otherwise:", *lines, remedy]))
         for key, (old, new) in changes.items():
             log.warning("%s changes within the run: %r then, %r now.", key, old, new)
         self._changes |= changes

@@ -1,7 +1,8 @@
 """Verbs that analyse: plans, sweeps, figures."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -101,6 +102,11 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Sizes, memory and hours of a training, before anything is downloaded."""
+    from isthmus.recipe_files import read_recipe
+    from isthmus.training.hardware import named_peak
+
+    read_recipe(recipe, overrides or [])  # a typing error need not wait for torch
+    named_peak(gpu)
     from isthmus.analysis.plan import Hardware, make_plan
     from isthmus.recipe import load_recipe
 
@@ -204,31 +210,20 @@ def reproduce(
     as_json: Json = False,
 ) -> None:
     """Do the runs of a paper's table, and put what came out beside what was expected."""
-    from isthmus.analysis.sweep import make_plan, sweep_titles
+    from isthmus.recipe_files import find_sweep
 
     if name is None:
-        titles = sweep_titles()
-        if as_json:
-            print_json(titles)
-        else:
-            width = max(map(len, titles), default=0)
-            for one, sweep in titles.items():
-                scales = ", ".join(sweep["scales"])
-                typer.echo(f"{one:{width}}  {sweep['title']}: {sweep['source']} ({scales})")
+        _print_sweeps(as_json)
         return
+    find_sweep(name)  # a typing error need not wait for torch
+    from isthmus.analysis.sweep import make_plan
+
     plan = make_plan(name, scale, output_dir)
     from isthmus.analysis.sweep_runs import Sweeper, states
     from isthmus.display import training_observer
 
     if dry_run:
-        found = states(plan, only or [])
-        if as_json:
-            print_json(found)
-        for run in () if as_json else found:
-            changes = ", ".join(f"{key}={value}" for key, value in run["set"].items())
-            typer.echo(
-                f"{run['state']:8}{run['row']}: {run['recipe']} {changes}\n{8 * ' '}{run['run']}"
-            )
+        _print_states(states(plan, only or []), as_json)
         return
     sweeper = Sweeper(plan, training_observer, allow_change or ())
     table = sweeper.reproduce(only or [])
@@ -242,6 +237,31 @@ def reproduce(
             f"{len(failed)} rows failed: {', '.join(failed)}; the table says why. Mend that "
             "and give the same command again: what is finished stays."
         )
+
+
+def _print_sweeps(as_json: bool) -> None:
+    from isthmus.recipe_files import sweep_titles
+
+    titles = sweep_titles()
+    if as_json:
+        print_json(titles)
+        return
+    width = max(map(len, titles), default=0)
+    for name, sweep in titles.items():
+        scales = ", ".join(sweep["scales"])
+        typer.echo(f"{name:{width}}  {sweep['title']}: {sweep['source']} ({scales})")
+
+
+def _print_states(found: Sequence[dict[str, Any]], as_json: bool) -> None:
+    from isthmus.recipe_files import as_override
+
+    if as_json:
+        print_json(found)
+        return
+    for run in found:
+        changes = [as_override(key, value) for key, value in run["set"].items()]
+        typer.echo(f"{run['state']:8}{run['row']}: {' '.join([run['recipe'], *changes])}")
+        typer.echo(f"{8 * ' '}{run['run']}")
 
 
 def _print_table(table: "Table") -> None:

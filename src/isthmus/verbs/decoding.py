@@ -120,17 +120,17 @@ class TranscribeOptions:
 @takes(TranscribeOptions)
 def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
-    from isthmus.decoding.formats import PLAIN, check_folder, check_outputs
+    from isthmus.decoding.formats import PLAIN, check_outputs
     from isthmus.decoding.inputs import are_corpora
     from isthmus.training.folder import local_run
 
     words = options.word_timestamps or options.layout != PLAIN
-    local_run(options.model)
-    if are_corpora(options.audio):
-        if options.output_dir is None:
-            raise IsthmusError("A corpus is transcribed into a folder: add --output-dir FOLDER.")
-        check_folder(options.output_dir)
-        _transcribe_corpora(options, words)
+    run = local_run(options.model)
+    if corpora := are_corpora(options.audio):
+        _check_corpora(options)
+    _check_nbest(options, run)
+    if corpora:
+        _transcribe_corpora(options)
         return
     folder = options.output_dir
     if folder is None and (options.output_format or options.layout != PLAIN):
@@ -139,11 +139,59 @@ def transcribe(options: TranscribeOptions) -> None:
     files = options.files if folder is not None else []
     check_outputs(files, output_format, folder)
     if options.align_model and not words:
-        typer.echo("warning: --align-model has no effect without --word-timestamps.", err=True)
+        _no_effect("--align-model", "without --word-timestamps")
     listed = options.as_json or (folder is not None and output_format in ("json", "all"))
     if options.nbest and not listed:
-        typer.echo("warning: --nbest has no effect without --json, which lists them.", err=True)
+        _no_effect("--nbest", "without --json, which lists them")
+    if options.ray:
+        _no_effect("--ray", "on recordings, only on corpora")
     _transcribe_recordings(options, words, folder)
+
+
+def _no_effect(flag: str, where: str) -> None:
+    typer.echo(f"warning: {flag} has no effect {where}.", err=True)
+
+
+def _check_corpora(options: TranscribeOptions) -> None:
+    """Raise IsthmusError for what is wrong with corpora; warn of options without effect on them."""
+    from isthmus.decoding.formats import check_folder
+    from isthmus.speech.formats import read_lines, recognise
+    from isthmus.speech.utterances import find_corpus
+
+    for folder in filter(Path.is_dir, map(find_corpus, options.audio)):
+        next(read_lines(folder, recognise(folder)), None)  # says so where there is no audio in it
+    if options.output_dir is None:
+        raise IsthmusError("A corpus is transcribed into a folder: add --output-dir FOLDER.")
+    check_folder(options.output_dir)
+    fixed = {
+        "--output-format": options.output_format,
+        "--highlight-words": options.highlight_words,
+        "--max-line-width": options.max_line_width,
+        "--max-line-count": options.max_line_count,
+        "--max-words-per-line": options.max_words_per_line,
+    }
+    for flag in (flag for flag, given in fixed.items() if given):
+        _no_effect(flag, "on corpora, whose transcripts are lines of transcripts.jsonl")
+    if not options.word_timestamps:  # which add the segments to a line
+        for flag, given in (("--align-model", options.align_model), ("--nbest", options.nbest)):
+            if given:
+                _no_effect(flag, "on corpora without --word-timestamps")
+
+
+def _check_nbest(options: TranscribeOptions, run: Path | None) -> None:
+    """Raise IsthmusError where more hypotheses are asked for than are kept."""
+    beam = options.beam_size
+    if options.nbest and beam is None and run is not None:
+        from isthmus.recipe_files import parse_yaml
+        from isthmus.training.folder import RECIPE
+
+        stored = parse_yaml((run / RECIPE).read_text(encoding="utf-8"))
+        beam = (stored.get("decode") or {}).get("beam_size")  # runs have every default in theirs
+    if options.nbest and beam is not None and options.nbest > beam:
+        raise IsthmusError(
+            f"--nbest {options.nbest} is more than --beam-size {beam}, the hypotheses that are "
+            f"kept. Add --beam-size {options.nbest}, or ask for fewer."
+        )
 
 
 def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path | None) -> None:
@@ -176,7 +224,10 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
                     typer.echo(f"warning: {name}: {cut}.", err=True)
                 if folder is not None:
                     form = options.output_format or "all"
-                    write_transcript(heard, options.files[index], folder, form, options.layout)
+                    file = options.files[index]
+                    for path in write_transcript(heard, file, folder, form, options.layout):
+                        if not options.as_json:
+                            typer.echo(path, err=True)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:
@@ -197,7 +248,7 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         raise typer.Exit(1)
 
 
-def _transcribe_corpora(options: TranscribeOptions, words: bool) -> None:
+def _transcribe_corpora(options: TranscribeOptions) -> None:
     from isthmus.display import counting, loading
 
     assert options.output_dir is not None
@@ -213,15 +264,17 @@ def _transcribe_corpora(options: TranscribeOptions, words: bool) -> None:
             chosen,
             options.audio,
             options.output_dir,
-            words=words,
+            words=options.word_timestamps,
             cluster=cluster,
             on_utterance=on_utterance,
         )
     if leading() and options.as_json:
         print_json(report)
     elif leading():
-        done = f"{report['utterances']} utterances, {report['failed']} of them failed"
-        typer.echo(f"{done}: {options.output_dir}")
+        done = [f"{report['utterances']} utterances, {report['failed']} of them failed"]
+        ended = {why: number for why, number in report["finish_reasons"].items() if why != "stop"}
+        done += [f"{number} ended by {why}" for why, number in ended.items()]
+        typer.echo(f"{', '.join(done)}: {options.output_dir}")
     raise typer.Exit(3 if report["failed"] else 0)
 
 
@@ -265,8 +318,9 @@ def evaluate(options: EvaluateOptions) -> None:
     with loading("the model"):
         from isthmus.analysis.evaluate import check_ctc, ctc_scores
         from isthmus.analysis.evaluate import evaluate as job
-        from isthmus.decoding.transcriber import load
+        from isthmus.decoding.transcriber import decode_settings, load, run_folder
 
+        own = decode_settings(run_folder(options.run), {})
         transcriber = load(
             options.run,
             beam_size=options.beam_size,
@@ -291,7 +345,7 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.as_json:
         print_json(report)
     else:
-        print_scores(report)
+        print_scores(report, own.model_dump(mode="json"))
     if any(result.left_out.values()):
         raise typer.Exit(1)
 
