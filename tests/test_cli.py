@@ -18,7 +18,7 @@ from isthmus.cli import app
 from isthmus.decoding.transcriber import Result
 from isthmus.decoding.transcript import Segment, Transcript
 from isthmus.quickstart import quickstart_recipe
-from isthmus.recipe import DecodeSettings
+from isthmus.recipe_settings import DecodeSettings
 from isthmus.training.features import Verification
 from isthmus.training.loop import Interrupted
 

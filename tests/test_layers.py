@@ -22,7 +22,7 @@ ORDER = [
     {"files"},
     {"speech"},
     {"model"},
-    {"recipe", "recipe_files"},
+    {"recipe", "recipe_files", "recipe_settings"},
     {"training"},
     {"decoding"},
     {"scoring"},

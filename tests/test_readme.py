@@ -36,13 +36,7 @@ from isthmus.decoding.transcript import (
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import character_tokenizer
 from isthmus.model.prompt import tokenise
-from isthmus.recipe import (
-    CTCRecipe,
-    Experiment,
-    LanguageRecipe,
-    Recipe,
-    load_recipe,
-)
+from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, load_recipe
 from isthmus.recipe_files import parse_yaml, shipped_recipes
 from isthmus.scoring import score_sets
 from isthmus.scoring.normalise import NORMALISERS

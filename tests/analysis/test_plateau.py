@@ -28,7 +28,7 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import LinearProjector
 from isthmus.model.prompt import PaperPrompt, Prompt
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import SpeechTrainSettings
+from isthmus.recipe_settings import SpeechTrainSettings
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.projector import SpeechTask
 

@@ -33,7 +33,7 @@ from isthmus.decoding.transcriber import Result
 from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import observers
-from isthmus.recipe import DecodeSettings
+from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.audio import AudioError
 
 ASKED_FOR = "Words need an aligner."

@@ -22,7 +22,8 @@ from isthmus.decoding.transcriber import DecodeChanges, Speech, Transcriber, loa
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import ASSETS
-from isthmus.recipe import DecodeSettings, Recipe
+from isthmus.recipe import Recipe
+from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.activity import Region
 from isthmus.speech.audio import AudioInfo, audio_info, load_audio
 from isthmus.speech.corpora import load_cut, read_corpus

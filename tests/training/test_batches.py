@@ -8,7 +8,7 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.recipe import JoinSettings, TrainSettings
+from isthmus.recipe_settings import JoinSettings, TrainSettings
 from isthmus.speech.augment import Augmentation, Gain
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import Budget, SpeechData, collate, join_utterances, plan_epoch

@@ -10,7 +10,8 @@ import torch
 from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
 from isthmus.model.features import LogMelSettings
 from isthmus.model.spelling import letter_tokenizer
-from isthmus.recipe import CTCDataSettings, CTCRecipe
+from isthmus.recipe import CTCRecipe
+from isthmus.recipe_settings import CTCDataSettings
 from isthmus.speech.augment import SpecAugment
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import SpeechData

@@ -17,7 +17,8 @@ from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letter_tokenizer
-from isthmus.recipe import Corpus, CTCRecipe, DataSettings, JoinSettings, Recipe
+from isthmus.recipe import CTCRecipe, Recipe
+from isthmus.recipe_settings import Corpus, DataSettings, JoinSettings
 from isthmus.speech.augment import Augmentation, Padding, Speed
 from isthmus.training.batches import SpeechData, join_utterances
 from isthmus.training.data import fits_model, load_cuts, speech_data

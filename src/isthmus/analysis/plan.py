@@ -20,7 +20,8 @@ from isthmus.errors import IsthmusError
 from isthmus.model.encoder import Encoder, PairSettings, WhisperEncoder, parameters
 from isthmus.model.presets import PRESETS
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Corpus, DataSettings, Recipe
+from isthmus.recipe import Recipe
+from isthmus.recipe_settings import Corpus, DataSettings
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript
 from isthmus.training.hardware import named_peak

@@ -23,7 +23,8 @@ from isthmus.analysis.emergence import EmergenceMonitor
 from isthmus.errors import IsthmusError
 from isthmus.model.prompt import plain_tokens, tokenise
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import LoopSettings, Recipe
+from isthmus.recipe import Recipe
+from isthmus.recipe_settings import LoopSettings
 from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import transcript
 from isthmus.training.checkpoint import Progress

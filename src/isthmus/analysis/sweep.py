@@ -21,7 +21,6 @@ from isthmus.errors import IsthmusError, suggest
 from isthmus.model.parts import PartSettings, PretrainedSettings
 from isthmus.recipe import (
     CTCRecipe,
-    DataSettings,
     Experiment,
     LanguageRecipe,
     Recipe,
@@ -29,6 +28,7 @@ from isthmus.recipe import (
     named_models,
 )
 from isthmus.recipe_files import find_sweep, parse_yaml, read_recipe, shipped_sweeps
+from isthmus.recipe_settings import DataSettings
 from isthmus.speech.utterances import expand_path, find_corpus
 
 SWEEP = "${SWEEP}"

@@ -32,7 +32,8 @@ from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, recover_folder, write_atomic
 from isthmus.model.parts import sha256, source
-from isthmus.recipe import DecodeSettings, change_settings
+from isthmus.recipe import change_settings
+from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN

@@ -30,7 +30,8 @@ from isthmus.errors import IsthmusError
 from isthmus.model.parts import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import DecodeSettings, change_settings
+from isthmus.recipe import change_settings
+from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.activity import Region, has_speech, speech_regions
 from isthmus.speech.audio import (
     SAMPLE_RATE,

@@ -13,7 +13,7 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe import JoinSettings, SpeechTrainSettings, TrainSettings
+from isthmus.recipe_settings import JoinSettings, SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import load_cut

@@ -13,7 +13,8 @@ from isthmus.model.conformer import ConformerCTC
 from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
-from isthmus.recipe import DEFAULT_LANGUAGE, Corpus, CTCRecipe, DataSettings, Recipe
+from isthmus.recipe import CTCRecipe, Recipe
+from isthmus.recipe_settings import DEFAULT_LANGUAGE, Corpus, DataSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import read_corpus, usable

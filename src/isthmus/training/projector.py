@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from isthmus.model.layers import checkpoint_layers, compile_layers, recompute_gates
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Recipe, SpeechTrainSettings
+from isthmus.recipe import Recipe
+from isthmus.recipe_settings import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.alignment import alignment_loss
 from isthmus.training.batches import Batch, Group, SpeechData

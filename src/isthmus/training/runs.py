@@ -23,14 +23,7 @@ from isthmus.files import LOCK, FolderLock, read_json, recover_folder, write_ato
 from isthmus.model.llm import save_llm
 from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import (
-    CTCRecipe,
-    Experiment,
-    LanguageRecipe,
-    Recipe,
-    dump_recipe,
-    load_recipe,
-)
+from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, dump_recipe, load_recipe
 from isthmus.recipe_files import parse_yaml
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData

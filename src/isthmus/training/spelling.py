@@ -12,7 +12,8 @@ from isthmus.errors import IsthmusError
 from isthmus.files import recover_folder, write_folder
 from isthmus.model.parts import loading
 from isthmus.model.spelling import for_ctc
-from isthmus.recipe import Corpus, CTCRecipe
+from isthmus.recipe import CTCRecipe
+from isthmus.recipe_settings import Corpus
 from isthmus.speech.corpora import read_corpus
 from isthmus.training import checkpoint
 from isthmus.training.batches import transcript
