@@ -256,7 +256,8 @@ def _error_rates(table: Table) -> tuple[Cells, list[Cells]]:
 
 def brief(table: Table) -> tuple[Cells, list[Cells]]:
     """For a terminal: WER, behind it the paper's, and whether a row differs from the one row."""
-    titles = ["Row", *(f"{name} (paper)" for name in table.sets), f"p ({table.against})"]
+    sets = [f"{name} (paper)" if _has_expected(table, name) else name for name in table.sets]
+    titles = ["Row", *sets, f"p ({table.against})"]
     rows = []
     for row in table.rows:
         cells = [row.name]
