@@ -78,13 +78,13 @@ def noise(index: int, seconds: float) -> Tensor:
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    """Wall time, the device having finished."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    started = now()
+    started = clock(device)
     found = work()
-    return now() - started, found
+    return clock(device) - started, found
+
+
+def clock(device: torch.device) -> float:
+    """Wall time, the device having finished."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

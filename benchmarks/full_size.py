@@ -19,7 +19,6 @@ import json
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -28,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from full_decoding import lengths, measure_decoding
+from full_decoding import clock, lengths, measure_decoding
 from slam_baseline import SlamBaseline
 from training import durations, header, text_of, word_tokenizer
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -42,21 +41,12 @@ from isthmus.recipe_settings import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import Batch, Budget, collate, plan_epoch
 from isthmus.training.data import positions_of
+from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import prepare
 
 MFU_FLOOR, SPEED_FLOOR = 0.45, 2.5
 BASELINE_BATCH = 6  # utterances, as in SLAM-LLM's recipe for LibriSpeech
-# Dense bf16 products a second, from NVIDIA's data sheets, by what the device's name contains.
-PEAKS = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "4090": 165e12,
-}
 
 
 @dataclass(frozen=True)
@@ -178,12 +168,6 @@ def own_step(
     return batch.seconds, positions, model.flops(positions, found.tokens, encoded)
 
 
-def clock(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
-
-
 def measure(
     way: str,
     steps: Sequence[Callable[[], tuple[float, int, float]]],
@@ -200,8 +184,7 @@ def measure(
         spent.append(clock(device) - started)
     seconds, positions, flops = (sum(part) for part in zip(*results[warm_up:], strict=True))
     total = sum(spent[warm_up:])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    peak = next((value for key, value in PEAKS.items() if key in name), None)
+    peak = peak_flops(device)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device)

@@ -19,26 +19,21 @@ from pathlib import Path
 
 import numpy as np
 import soundfile
+from quality import dev_sets
 
 from isthmus.decoding.transcriber import load
 from isthmus.decoding.transcript import together
 from isthmus.scoring import score
 from isthmus.speech.audio import SAMPLE_RATE
-from isthmus.speech.corpora import expand_path, load_cut, read_corpus
+from isthmus.speech.corpora import load_cut, read_corpus
 
-SETS = ("en_barista", "en_digits", "en_keywords", "en_speech_commands")
 SAMPLE_EVERY = 600.0  # seconds of audio between two lines
 
 
 def main() -> None:
     hours = float(sys.argv[1]) if len(sys.argv) > 1 else 10.0
     chunk = float(sys.argv[2]) if len(sys.argv) > 2 else None
-    paths = [f"${{ISTHMUS_SPEECH}}/{name}/dev.jsonl" for name in SETS]
-    missing = [path for path in paths if not expand_path(path).exists()]
-    if missing:
-        sys.exit(
-            f"{expand_path(missing[0])} is not there. Set ISTHMUS_SPEECH to the speech folder."
-        )
+    paths = dev_sets()
     with tempfile.TemporaryDirectory() as folder:
         recording = Path(folder) / "long.flac"
         said = write_recording(recording, paths, hours)

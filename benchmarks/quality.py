@@ -20,12 +20,7 @@ SETS = ("en_digits", "en_keywords", "en_speech_commands", "en_barista")
 
 def main() -> None:
     run = sys.argv[1] if len(sys.argv) > 1 else "default"
-    paths = [f"${{ISTHMUS_SPEECH}}/{name}/dev.jsonl" for name in SETS]
-    missing = [path for path in paths if not expand_path(path).exists()]
-    if missing:
-        sys.exit(
-            f"{expand_path(missing[0])} is not there. Set ISTHMUS_SPEECH to the speech folder."
-        )
+    paths = dev_sets()
     transcriber = load(run)
     evaluation = evaluate(transcriber, paths)
     system, ctc = evaluation.scores, ctc_scores(transcriber, evaluation)
@@ -39,6 +34,17 @@ def main() -> None:
     print(f"\nkeywords, commands and orders together: WER {percent(real.wer)} %")
     same, total = batch_independence(run, paths)
     print(f"one by one against eight in random order: {same} of {total} texts identical")
+
+
+def dev_sets() -> list[str]:
+    """Manifests of the validation sets; ends the program where they are not."""
+    paths = [f"${{ISTHMUS_SPEECH}}/{name}/dev.jsonl" for name in SETS]
+    missing = [path for path in paths if not expand_path(path).exists()]
+    if missing:
+        sys.exit(
+            f"{expand_path(missing[0])} is not there. Set ISTHMUS_SPEECH to the speech folder."
+        )
+    return paths
 
 
 def batch_independence(run: str, paths: list[str]) -> tuple[int, int]:

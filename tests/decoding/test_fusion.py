@@ -23,7 +23,7 @@ from isthmus.decoding.fusion import (
     read_arpa,
 )
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
+from isthmus.model.llm import LLM, character_tokenizer
 
 END = 2
 ARPA = """some words before
@@ -253,15 +253,6 @@ def test_letters_of_several_tokens(load_llm: Callable[..., LLM]) -> None:
     fusion = NGramFusion(NGram(1, {word: -1.0, "</s>": -3.0}, {}), tokenizer, weight=1.0)
     assert total(fusion, f"{word} {word}") == pytest.approx(-5.0)
     assert total(Hotwords(["caf"], tokenizer), f"a {word}") == pytest.approx(0.0)
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    torch.manual_seed(0)
-    sizes = LLMArchitecture(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    return sizes.build(character_tokenizer()).eval()
 
 
 def texts(llm: LLM, prompts: list[Tensor], *scorers: TokenScorer) -> list[str]:

@@ -22,7 +22,7 @@ from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, CTCSpelling
 from isthmus.decoding.timestamps import FLOOR, CTCModel
 from isthmus.decoding.transcriber import Speech, Transcriber, load
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
+from isthmus.model.llm import LLM, character_tokenizer
 from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import Recipe, change_settings
 from isthmus.scoring import score
@@ -202,15 +202,6 @@ def test_units_of_several_letters_are_spelled_by_whole_words(tokenizer: Any) -> 
         assert said(scorer, text)[1] == pytest.approx(probability(text), abs=1e-6)
     assert said(scorer, "ab")[0] == 0.0  # it may become "abb" yet
     assert said(scorer, "ab b")[0] == said(scorer, "ab a")[0] < 0
-
-
-@pytest.fixture(scope="module")
-def llm() -> LLM:
-    torch.manual_seed(0)
-    sizes = LLMArchitecture(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    )
-    return sizes.build(character_tokenizer()).eval()
 
 
 def test_in_the_search(llm: LLM) -> None:
