@@ -17,8 +17,10 @@ from isthmus.errors import IsthmusError
 from isthmus.model.compressor import CTCProjectorSettings
 from isthmus.model.encoder import Encoder, EncoderSettings
 from isthmus.model.llm import LLM
+from isthmus.model.posterior import PosteriorProjector
 from isthmus.model.projector_base import Projector, ProjectorBase, check_heads, stacked, within
 from isthmus.model.qformer import QFormerSettings
+from isthmus.model.token_ctc import TokenCTC
 from isthmus.model.units import UnitProjectorSettings
 
 __all__ = ["LinearProjector", "LinearProjectorSettings", "Projector", "ProjectorSettings"]
@@ -218,6 +220,25 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
+InnerProjectorSettings = (
+    LinearProjectorSettings | ConvProjectorSettings | TransformerProjectorSettings
+)
+
+
+class PosteriorProjectorSettings(ProjectorBase):
+    """Soft tokens: CTC over the LLM's own vocabulary, behind another projector."""
+
+    type: Literal["ctc-posterior"] = "ctc-posterior"
+    inner: InnerProjectorSettings = Field(LinearProjectorSettings(), discriminator="type")
+    """The projector whose embeddings say tokens."""
+
+    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
+        self.inner.check(encoder, settings)
+
+    def build(self, encoder: Encoder, llm: LLM) -> PosteriorProjector:
+        return PosteriorProjector(self.inner.build(encoder, llm), TokenCTC(llm))
+
+
 ProjectorSettings = (
     LinearProjectorSettings
     | ConvProjectorSettings
@@ -225,4 +246,5 @@ ProjectorSettings = (
     | TransformerProjectorSettings
     | CTCProjectorSettings
     | UnitProjectorSettings
+    | PosteriorProjectorSettings
 )

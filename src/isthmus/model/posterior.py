@@ -1,0 +1,72 @@
+"""The projector that says the language model's own tokens: soft tokens in the place of audio.
+
+Shapes: B batch, T encoder frames, A audio embeddings of the projector within, S soft tokens,
+D encoder width, E LLM width, V tokens, C tokens that a soft one is mixed of.
+"""
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from isthmus.model.encoder import Encoder
+from isthmus.model.llm import LLM
+from isthmus.model.projector_base import Projector, ProjectorBase
+from isthmus.model.token_ctc import TokenCTC
+
+SILENCE = 0.9  # probability of the blank from which an embedding says nothing
+MIXED = 32  # likeliest tokens that a soft token is made of
+
+
+class PosteriorProjector(Projector):
+    """CTC over the LLM's tokens behind another projector; what it says, softly, is the audio.
+
+    Embeddings that are sure to say nothing are dropped. Those in a row whose likeliest token is
+    the same become one: the mean of token embeddings, weighted by their probabilities
+    (LegoSLM, arXiv 2505.11352; the joining is ours: what no text has, blanks and tokens again and
+    again, a language model cannot read). Each utterance is read alone, so that no company rounds
+    its path to another. `temperature` above 1 leaves more of the choice to the LLM.
+    """
+
+    exact = False
+
+    def __init__(self, inner: Projector, ctc: TokenCTC):
+        super().__init__()
+        self.inner = inner
+        self.ctc = ctc
+        self.temperature = 1.0
+
+    def output_length(self, num_frames: int) -> int:
+        """At most: one for each embedding of the projector within."""
+        return self.inner.output_length(num_frames)
+
+    def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        embeddings, lengths = self.inner(frames, num_frames)
+        rows = zip(embeddings, lengths.tolist(), strict=True)
+        soft = [self._soft_tokens(row[:length]) for row, length in rows]
+        lengths = torch.tensor([len(row) for row in soft], device=frames.device)
+        return nn.utils.rnn.pad_sequence(soft, batch_first=True), lengths
+
+    def _soft_tokens(self, embeddings: Tensor) -> Tensor:
+        """Embeddings (A, E) of an utterance to its soft tokens (S, E)."""
+        if len(embeddings) == 0:
+            return embeddings
+        log_probs = self.ctc.log_probs(embeddings) / self.temperature
+        probs, tokens = log_probs.softmax(dim=-1)[:, :-1].topk(MIXED, dim=-1)  # (A, C)
+        blank = (log_probs[:, -1] - log_probs.logsumexp(dim=-1)).detach().exp()
+        spoken = blank < max(SILENCE, float(blank.min()) + 1e-6)  # at least one
+        runs = _runs(spoken, tokens[:, 0])
+        weights = probs[spoken]
+        mixed = weights[:, :, None] * self.ctc.llm.embed(tokens[spoken]).to(weights)
+        count = int(runs[-1]) + 1
+        sums = weights.new_zeros(count, mixed.shape[2]).index_add(0, runs, mixed.sum(dim=1))
+        shares = weights.new_zeros(count).index_add(0, runs, weights.sum(dim=1))
+        return sums / shares[:, None]
+
+
+def _runs(spoken: Tensor, best: Tensor) -> Tensor:
+    """For each that is spoken (A,), the number of its run: neighbours with the same best (A,)."""
+    begins = torch.ones_like(spoken)
+    begins[1:] = ~spoken[:-1] | (best[1:] != best[:-1])
+    return (begins & spoken).cumsum(dim=0)[spoken] - 1
