@@ -41,6 +41,10 @@ PROJECTORS: dict[str, dict[str, Any]] = {
     "transformer": {"type": "transformer", "downsample_rate": 3, **SMALL},
     "ctc": {"type": "ctc", "hidden": 8},
     "ctc-drop": {"type": "ctc", "mode": "drop", "hidden": 8},
+    "ctc-posterior": {
+        "type": "ctc-posterior",
+        "inner": {"type": "linear", "downsample_rate": 1, "hidden": 8},
+    },
     "units": {"type": "units"},
     "units-all": {"type": "units", "deduplicate": False},
 }

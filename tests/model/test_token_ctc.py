@@ -1,0 +1,155 @@
+"""CTC over the LLM's own tokens: its loss and gradients, and the soft tokens it makes."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isthmus.errors import IsthmusError
+from isthmus.model import token_ctc
+from isthmus.model.llm import LLM
+from isthmus.model.posterior import PosteriorProjector
+from isthmus.model.projector_base import Projector
+from isthmus.model.token_ctc import TokenCTC, needed_embeddings
+
+LABELS = [[5, 9, 9, 20], [33], [], [7, 8, 7]]
+LENGTHS = [12, 3, 4, 3]
+
+
+class Given(Projector):
+    """Embeddings as they are given."""
+
+    def output_length(self, num_frames: int) -> int:
+        return num_frames
+
+    def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        return frames, num_frames
+
+
+@pytest.fixture(params=["llama", "gemma"])
+def llm(request: pytest.FixtureRequest, load_llm: Callable[..., LLM]) -> LLM:
+    """Gemma's embeddings are scaled when they are looked up."""
+    return load_llm(request.param, dtype="float32")
+
+
+@pytest.fixture
+def ctc(llm: LLM) -> TokenCTC:
+    torch.manual_seed(0)
+    found = TokenCTC(llm)
+    nn.init.normal_(found.blank_direction)
+    return found
+
+
+def rows(llm: LLM) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, llm.dim, generator=generator).requires_grad_() for n in LENGTHS]
+
+
+def by_torch(ctc: TokenCTC, audio: list[Tensor], labels: list[list[int]]) -> Tensor:
+    """torch's own loss, from the log-probabilities of all labels."""
+    losses = [
+        nn.functional.ctc_loss(
+            ctc.log_probs(own)[:, None],
+            torch.tensor([tokens], dtype=torch.long),
+            torch.tensor([len(own)]),
+            torch.tensor([len(tokens)]),
+            blank=ctc.blank,
+            reduction="sum",
+        )
+        for own, tokens in zip(audio, labels, strict=True)
+    ]
+    return torch.stack(losses).sum()
+
+
+@pytest.mark.parametrize("rows_a_chunk", [1, 5, 1000])
+def test_loss_and_gradients_are_those_of_all_labels(
+    llm: LLM, ctc: TokenCTC, rows_a_chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_ctc, "CHUNK_BYTES", 4 * ctc.blank * rows_a_chunk)
+    audio = rows(llm)
+    wanted = [*audio, ctc.blank_direction, ctc.blank_bias]
+    found, expected = ctc.loss(audio, LABELS), by_torch(ctc, audio, LABELS)
+    torch.testing.assert_close(found, expected)
+    gradients = torch.autograd.grad(3 * found, wanted)
+    for one, other in zip(gradients, torch.autograd.grad(3 * expected, wanted), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(ctc.loss(audio, LABELS), expected)
+
+
+def test_gradient_by_hand(llm: LLM, ctc: TokenCTC) -> None:
+    """One embedding, one token: minus its score, plus the mean of all by their probabilities."""
+    (audio,) = [rows(llm)[0][:1].detach().requires_grad_()]
+    (gradient,) = torch.autograd.grad(ctc.loss([audio], [[5]]), audio)
+    table = cast(nn.Embedding, llm.network.get_input_embeddings()).weight
+    directions = torch.cat([table, ctc.blank_direction[None]]) * ctc.scale
+    probs = ctc.log_probs(audio.detach())[0].exp()
+    torch.testing.assert_close(gradient[0], probs @ directions - directions[5])
+
+
+def test_what_is_learnt_says_the_tokens(llm: LLM, ctc: TokenCTC) -> None:
+    audio = rows(llm)
+    optimiser = torch.optim.Adam([*audio, *ctc.parameters()], lr=0.05)
+    for _ in range(200):
+        optimiser.zero_grad()
+        loss = ctc.loss(audio, LABELS)
+        loss.backward()
+        optimiser.step()
+    assert float(loss) < 0.5
+    for own, tokens in zip(audio, LABELS, strict=True):
+        path = ctc.log_probs(own).argmax(dim=-1).unique_consecutive().tolist()
+        assert [token for token in path if token != ctc.blank] == tokens
+
+
+def test_room_that_tokens_need() -> None:
+    assert [needed_embeddings(tokens) for tokens in LABELS] == [5, 1, 0, 3]
+
+
+def said(llm: LLM, ctc: TokenCTC, tokens: list[int | None]) -> Tensor:
+    """Embeddings that are sure of these tokens, None of the blank."""
+    with torch.no_grad():
+        ctc.blank_direction.copy_(torch.randn(llm.dim, generator=torch.Generator().manual_seed(2)))
+        table = cast(nn.Embedding, llm.network.get_input_embeddings()).weight
+        directions = torch.cat([table, ctc.blank_direction[None]])
+        directions = directions - directions.mean(dim=0)
+        places = [ctc.blank if token is None else token for token in tokens]
+        return torch.linalg.pinv(directions.T @ directions) @ directions[places].T * 1e4
+
+
+def test_soft_tokens_are_the_tokens_where_they_are_sure(llm: LLM, ctc: TokenCTC) -> None:
+    """Blanks fall out, the same again is one, and a blank between makes it two."""
+    spoken = [None, 5, 5, None, 5, 9, None, None, 20, 20]
+    embeddings = said(llm, ctc, spoken).T
+    assert ctc.log_probs(embeddings).argmax(dim=1).tolist() == [
+        ctc.blank if token is None else token for token in spoken
+    ]
+    (found,), count = PosteriorProjector(Given(), ctc)(embeddings[None], torch.tensor([10]))
+    assert count.tolist() == [4]
+    expected = llm.embed(torch.tensor([5, 5, 9, 20])).float()
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+def test_silence_is_one_soft_token(llm: LLM, ctc: TokenCTC) -> None:
+    embeddings = said(llm, ctc, [None, None, None]).T
+    _, count = PosteriorProjector(Given(), ctc)(embeddings[None], torch.tensor([3]))
+    assert count.tolist() == [1]
+
+
+def test_temperature_spreads_a_soft_token(llm: LLM, ctc: TokenCTC) -> None:
+    projector = PosteriorProjector(Given(), ctc)
+    embeddings = said(llm, ctc, [5]).T / 20
+    nearest = []
+    for temperature in (1.0, 100.0):
+        projector.temperature = temperature
+        (found,), _ = projector(embeddings[None], torch.tensor([1]))
+        nearest.append(float((found - llm.embed(torch.tensor([5]))).norm()))
+    assert nearest[0] < nearest[1]
+
+
+def test_an_llm_without_a_table_is_refused(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    network: Any = llm.network
+    monkeypatch.setattr(network, "get_input_embeddings", lambda: None)
+    with pytest.raises(IsthmusError, match="no table of token embeddings"):
+        TokenCTC(llm)
