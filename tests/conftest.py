@@ -262,6 +262,15 @@ def llm_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+@pytest.fixture(scope="session")
+def parts() -> Path:
+    """Real pretrained parts: $ISTHMUS_PARTS, or the user's cache."""
+    folder = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
+    if not (folder / "whisper-base").is_dir():
+        pytest.skip(f"no real parts in {folder}: set ISTHMUS_PARTS to a folder of them")
+    return folder
+
+
 @pytest.fixture
 def load_llm(model_folder: ModelFolder) -> Callable[..., LLM]:
     """A fresh tiny language model of a name in LLMS, with settings such as `tune`."""

@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
+from transformers.masking_utils import create_bidirectional_mask
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
@@ -96,7 +97,7 @@ class WhisperEncoder(Encoder):
 
     Audio is padded to 30 s, as Whisper was trained (SLAM-ASR found results worse without), and the
     frames of padding are dropped again, unless `keep_padding`: then every utterance has those of
-    30 s. Unpadded, each utterance passes alone at its own length.
+    30 s. Unpadded, each utterance has its own length.
     """
 
     def __init__(
@@ -126,12 +127,9 @@ class WhisperEncoder(Encoder):
                 f"{self.max_seconds:g} s that Whisper takes. Cut it into shorter ones."
             )
         lengths = num_samples.tolist()
-        mels = [self._mel(row[:n]) for row, n in zip(waveforms, lengths, strict=True)]
-        if self.pad_to_30s:
-            frames = self.network(torch.stack(mels)).last_hidden_state
-        else:
-            encoded = [self._encode_unpadded(mel) for mel in mels]
-            frames = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        frames = self._encode(
+            [self._mel(row[:n]) for row, n in zip(waveforms, lengths, strict=True)]
+        )
         num_frames = torch.tensor([self.output_length(n) for n in lengths], device=frames.device)
         return frames[:, : int(num_frames.max())], num_frames
 
@@ -149,15 +147,24 @@ class WhisperEncoder(Encoder):
         mel: Tensor = features["input_features"][0].to(waveform.device, self.network.dtype)
         return mel
 
-    def _encode_unpadded(self, mel: Tensor) -> Tensor:
-        """What the network does, less its demand for 30 s: (mels, T) to frames (T / 2, D)."""
+    def _encode(self, mels: list[Tensor]) -> Tensor:
+        """What the network does, for any lengths: B of (mels, T) to frames (B, T / 2, D).
+
+        Behind an utterance each convolution finds zeros, and no frame attends to what is there, as
+        if it were alone.
+        """
         network = self.network
-        hidden = nn.functional.gelu(network.conv1(mel[None]))
+        lengths = torch.tensor([mel.shape[1] for mel in mels], device=mels[0].device)
+        batch = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True)
+        valid = torch.arange(batch.shape[1], device=batch.device) < lengths[:, None]  # (B, T)
+        hidden = nn.functional.gelu(network.conv1(batch.transpose(1, 2)))
+        hidden = hidden.masked_fill(~valid[:, None], 0.0)  # it saw a neighbour, and has a bias
         hidden = nn.functional.gelu(network.conv2(hidden)).transpose(1, 2)
         hidden = hidden + network.embed_positions.weight[: hidden.shape[1]]
+        mask = create_bidirectional_mask(network.config, hidden, valid[:, ::2])
         for layer in network.layers:
-            hidden = layer(hidden, None)
-        frames: Tensor = network.layer_norm(hidden)[0]
+            hidden = layer(hidden, mask)
+        frames: Tensor = network.layer_norm(hidden)
         return frames
 
 
