@@ -22,7 +22,7 @@ from transformers.masking_utils import create_bidirectional_mask
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
-from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, full_precision
+from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, without_autocast
 from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
@@ -136,7 +136,7 @@ class WhisperEncoder(Encoder):
     def _mel(self, waveform: Tensor) -> Tensor:
         """Log-mel features of an utterance (S,): (mels, 3000), or (mels, S / 160) unpadded."""
         short = max(0, 2 * HOP_SAMPLES - len(waveform))  # one frame
-        with full_precision(waveform.device):
+        with without_autocast(waveform.device):
             features = self.extractor(
                 nn.functional.pad(waveform, (0, short)).cpu().numpy(),
                 sampling_rate=SAMPLE_RATE,
@@ -303,7 +303,7 @@ class ParakeetEncoder(Encoder):
             nn.functional.pad(row[:n], (0, max(0, self.shortest - n))).cpu().numpy()
             for row, n in zip(waveforms, num_samples.tolist(), strict=True)
         ]
-        with full_precision(torch.device("cpu")):
+        with without_autocast(torch.device("cpu")):
             inputs = self.extractor(rows, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         features = inputs["input_features"].to(waveforms.device, self.network.dtype)
         mask = inputs["attention_mask"].to(waveforms.device)

@@ -1,6 +1,5 @@
 """The language model: any causal model of transformers, frozen, with LoRA, or trained whole."""
 
-import logging
 import warnings
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -23,14 +22,11 @@ from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
     Tune,
-    choose_device,
     load_network,
     load_tokenizer,
     resolve,
     save_half,
 )
-
-log = logging.getLogger(__name__)
 
 
 class LoraSettings(PartSettings):
@@ -47,7 +43,7 @@ class LLMSettings(PretrainedSettings):
 
     tune: Tune = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto is the model's own, but not float16 in a frozen model."""
+    """Precision of the weights; auto is what the training has, and without one the files' own."""
     quantise: Literal["none", "int8", "int4", "fp8"] = "none"
     """Frozen weights in 8 or 4 bits, or products of float8 numbers (GPUs since Ada)."""
     lora: LoraSettings = LoraSettings()
@@ -58,8 +54,6 @@ class LLMSettings(PretrainedSettings):
             warnings.warn(f"llm.lora is ignored with tune: {self.tune}.", stacklevel=2)
         folder = resolve(self.path, self.revision)
         network = load_network(AutoModelForCausalLM, folder, self.path, self.dtype)
-        if self.dtype == "auto" and self.tune != "full" and network.dtype == torch.float16:
-            _leave_float16(network, self.path)
         tokenizer = load_tokenizer(folder, self.path)
         if self.tune == "lora":
             _add_lora(network, self.lora)
@@ -125,19 +119,6 @@ class LLM(nn.Module):
         )
         logits: Tensor = output.logits
         return logits.float()
-
-
-def _leave_float16(network: Any, path: str) -> None:
-    """Gradients that pass through a frozen model must not leave the range of its numbers."""
-    device = choose_device().type
-    network.to(torch.float32 if device == "cpu" else torch.bfloat16)
-    log.info(
-        "%s is stored in float16, in which the projector's gradients would over- and underflow: "
-        "on %s it is held in %s. Set llm.dtype to choose.",
-        path,
-        device,
-        str(network.dtype).removeprefix("torch."),
-    )
 
 
 def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:

@@ -6,6 +6,7 @@ loss, E LLM width, V tokens.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from isthmus.errors import IsthmusError
 from isthmus.model.cross_entropy import summed_cross_entropy
 from isthmus.model.encoder import Encoder, parameters
+from isthmus.model.features import without_autocast
 from isthmus.model.llm import LLM
 from isthmus.model.packing import (
     Choice,
@@ -163,8 +165,14 @@ class SpeechLLM(nn.Module):
         return f"{choice.reason}; the first {len(tokens)} tokens of the prompt computed once"
 
     def encode(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
-        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length."""
-        frames, num_frames = self.encoder(waveforms, num_samples)
+        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length.
+
+        A frozen encoder computes in what its weights are held in: the same in training, for the
+        feature cache and in decoding.
+        """
+        frozen = self.tune["encoder"] == "frozen"
+        with without_autocast(waveforms.device) if frozen else nullcontext():
+            frames, num_frames = self.encoder(waveforms, num_samples)
         return [row[:length] for row, length in zip(frames, num_frames.tolist(), strict=True)]
 
     def encode_alone(self, waveform: Tensor) -> Tensor:
