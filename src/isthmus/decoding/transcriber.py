@@ -356,8 +356,7 @@ class Transcriber:
         assert self.ctc is not None
         length = torch.tensor([len(frames)])
         (text,) = self.ctc.greedy(self._ctc_log_probs(frames)[None], length)
-        tokenizer = self.model.llm.tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return self.model.transcript_tokens(text)
 
     def _ctc_log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (T, V) of the units of the encoder's CTC head in frames (T, D)."""

@@ -27,7 +27,7 @@ from isthmus.model.packing import (
 )
 from isthmus.model.parts import Tune, freeze
 from isthmus.model.projector import Projector
-from isthmus.model.prompt import Prompt, prompt_tokens, tokenise
+from isthmus.model.prompt import Prompt, prompt_tokens, tokenise, transcript_tokens
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss
@@ -131,6 +131,10 @@ class SpeechLLM(nn.Module):
     def prompt_tokens(self) -> int:
         """Tokens of the longest of its prompts."""
         return max(prompt_tokens(prompt, self.llm.tokenizer) for prompt in self.prompts)
+
+    def transcript_tokens(self, transcript: str) -> list[int]:
+        """Those of a transcript behind its prompt, the end token apart."""
+        return transcript_tokens(self.prompts[0], self.llm.tokenizer, transcript)
 
     def fault(self, seconds: float, text_tokens: int = 0) -> str | None:
         """Why an utterance that long, with a transcript of so many tokens, is too much; else None.

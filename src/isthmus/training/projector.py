@@ -92,7 +92,9 @@ class SpeechTask:
         )
         total, alignment = found.total, torch.zeros_like(found.total)
         if training and settings.alignment_weight:
-            loss = alignment_loss(model.llm, audio, batch.texts)
+            loss = alignment_loss(
+                model.llm, audio, [model.transcript_tokens(text) for text in batch.texts]
+            )
             alignment = loss.detach()
             # the gradient of both, the value of the cross-entropy, as validation has it
             total = total + settings.alignment_weight * (loss - alignment)
