@@ -20,6 +20,7 @@ from isthmus.errors import IsthmusError, RetryLater
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
 LOCK = ".lock"
+CACHE_VARIABLE = "ISTHMUS_CACHE"
 SPACE_FACTOR = 2.2  # a new copy beside the old one, and room for logs
 OWNER_WAIT = 0.5  # seconds in which the owner of a lock has written its name
 log = logging.getLogger(__name__)
@@ -262,14 +263,21 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise RetryLater unless there is room in `folder` to write `num_bytes` with ease."""
+def user_cache(kind: str) -> Path:
+    """Where what can be made again is kept, by its kind: $ISTHMUS_CACHE or the user's own cache."""
+    root = os.environ.get(CACHE_VARIABLE)
+    root = root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/isthmus"
+    return Path(root).expanduser().absolute() / kind
+
+
+def require_space(folder: Path, num_bytes: int, factor: float = SPACE_FACTOR) -> None:
+    """Raise RetryLater unless `folder` has room for `factor` times `num_bytes`."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, int(SPACE_FACTOR * num_bytes)
+    free, needed = shutil.disk_usage(existing).free, int(factor * num_bytes)
     if free < needed:
         raise RetryLater(
             f"{folder} has {free / 1e6:,.1f} MB free, and {needed / 1e6:,.1f} MB are needed, "
-            f"{SPACE_FACTOR} times what is to be written. Free some space, then try again."
+            f"{factor} times what is to be written. Free some space, then try again."
         )
 
 
@@ -278,12 +286,13 @@ class FolderLock:
 
     The kernel holds the lock and releases it however the process ends; the file stays, and tells
     pid, host and start time of the last owner. It must not be deleted while the lock is held.
-    Entering raises RetryLater when another process owns the lock or the folder cannot be written,
-    IsthmusError on a system without fcntl.
+    Entering raises RetryLater when the folder cannot be written, or another process owns the lock
+    and we are not to `wait` for it; IsthmusError on a system without fcntl.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.file = folder / LOCK
+        self.wait = wait
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -300,7 +309,7 @@ class FolderLock:
         except OSError as error:
             raise RetryLater(f"{self.file} cannot be written: {error.strerror}.") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
             _write_owner(descriptor)
         except BlockingIOError as error:
             os.close(descriptor)

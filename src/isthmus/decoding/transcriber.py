@@ -27,7 +27,7 @@ from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, sp
 from isthmus.decoding.timestamps import CTCModel, align_words, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import download
+from isthmus.model.hub import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import change_settings

@@ -80,6 +80,10 @@ class SpeechLLM(nn.Module):
         for parameter in self.trainable().values():
             parameter.data = parameter.data.float()  # small steps get lost in half precision
         self.end_token = prompt.end_token(llm.tokenizer)
+        for one in self.prompts if not next(llm.parameters()).is_meta else ():
+            pieces = tokenise(one, llm.tokenizer)
+            tokens = [token for piece in pieces for token in piece.tokens or ()]
+            llm.require_rows([*tokens, self.end_token], "prompt.template")
         self.attention: Choice | None = None  # None: utterances padded to the longest
         self.prefix: Prefix | None = None  # what all prompts begin with, where it is shared
         self._mean_embedding: Tensor | None = None  # of the LLM's tokens
