@@ -158,7 +158,18 @@ class SpeechTrainSettings(TrainSettings):
         return self.text_masking.get(language, self.text_masking.get(DEFAULT_LANGUAGE, 0.0))
 
 
-class DecodeSettings(PartSettings):
+class RecogniserSettings(PartSettings):
+    """How audio comes to what recognises it."""
+
+    batch_size: int = Field(8, ge=1)
+    """Utterances decoded together; has no influence on the text."""
+    gate: Literal["auto", "silero", "energy", "none"] = "auto"
+    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
+    chunk_seconds: float = Field(30.0, ge=2)
+    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
+
+
+class DecodeSettings(RecogniserSettings):
     """How transcripts are searched for."""
 
     beam_size: int = Field(4, ge=1)
@@ -169,18 +180,12 @@ class DecodeSettings(PartSettings):
     """A transcript has at most this many tokens a second of audio, and ..."""
     extra_tokens: int = Field(20, ge=1)
     """... this many more."""
-    batch_size: int = Field(8, ge=1)
-    """Utterances decoded together; has no influence on the text."""
     early_stopping: bool = False
     """Stop as soon as there are `beam_size` finished hypotheses."""
     drafts: bool = True
     """With beam_size 1: the encoder's CTC head, if it has one, writes what the LLM then checks."""
     strict: bool = False
     """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
-    gate: Literal["auto", "silero", "energy", "none"] = "auto"
-    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
-    chunk_seconds: float = Field(30.0, ge=2)
-    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
     deadline: float | None = Field(None, gt=0)
     """Seconds after which the search of a batch is broken off."""
     hotwords: tuple[str, ...] = ()

@@ -29,7 +29,7 @@ from isthmus.decoding.job import (
     system,
     transcribe_corpora,
 )
-from isthmus.decoding.transcriber import Result
+from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import observers
@@ -52,9 +52,7 @@ class StandIn:
         if wanted and not self.aligns:
             raise IsthmusError(ASKED_FOR)
 
-    def results(
-        self, audio: Sequence[Cut], *, word_timestamps: bool = False
-    ) -> Iterator[Result[Transcript]]:
+    def results(self, audio: Sequence[Cut], *, word_timestamps: bool = False) -> Iterator[Result]:
         for index in sorted(range(len(audio)), key=lambda index: audio[index].duration):
             time.sleep(self.delay)
             cut = audio[index]

@@ -32,7 +32,7 @@ from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import Verification
-from isthmus.training.folder import ENVIRONMENT, RECIPE, check_run, versions
+from isthmus.training.folder import ENVIRONMENT, MODEL, RECIPE, check_run, versions
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
@@ -42,7 +42,6 @@ from isthmus.training.spelling import UNITS, keep_units, run_units
 PARTS = "parts.json"
 DATA = "data.json"
 CHANGES = "changes.jsonl"
-MODEL = "model"
 TENSORBOARD = "tensorboard"
 WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, CHANGES, METRICS, BEST, CHECKPOINTS, MODEL}
 WRITTEN |= {TENSORBOARD, UNITS}
