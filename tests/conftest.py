@@ -272,6 +272,15 @@ def load_llm(model_folder: ModelFolder) -> Callable[..., LLM]:
 
 
 @pytest.fixture(scope="session")
+def parts() -> Path:
+    """Real pretrained parts: $ISTHMUS_PARTS, or the user's cache."""
+    folder = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
+    if not (folder / "whisper-base").is_dir():
+        pytest.skip(f"no real parts in {folder}: set ISTHMUS_PARTS to a folder of them")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def waves() -> Callable[..., Tensor]:
     """Noise (S,) under a slow envelope, somewhat like speech; the same for the same arguments."""
 

@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.model.fetch import FETCHED, part_folder
 
 Tune = Literal["frozen", "lora", "full"]
 
@@ -64,7 +65,8 @@ class PretrainedSettings(PartSettings):
     """A part that is loaded from a folder or a Hugging Face repository."""
 
     path: str
-    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`)."""
+    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`) or
+    fetched by it (`isthmus/whisper-base`)."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face repository."""
 
@@ -102,6 +104,8 @@ def resolve(path: str, revision: str | None = None) -> Path:
         folder = Path(path).expanduser()
     elif planned:
         return _planned_folder(planned, path)
+    elif path in FETCHED:
+        folder = part_folder(FETCHED[path])
     else:
         folder = download(path, revision, READ_FILES)
     if not (folder / "config.json").is_file():
@@ -127,8 +131,10 @@ def download(path: str, revision: str | None, patterns: list[str]) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", path) or path.startswith("."):
         raise IsthmusError(f"{path}: no such folder, and not a Hugging Face name.")
     if path.startswith("isthmus/"):
-        known = f"Shipped: {', '.join(SHIPPED)}."
-        raise IsthmusError(f"Unknown shipped model {path!r}.{suggest(path, SHIPPED)} {known}")
+        known = [*SHIPPED, *FETCHED]
+        raise IsthmusError(
+            f"Unknown model {path!r} of isthmus.{suggest(path, known)} Known: {', '.join(known)}."
+        )
     from huggingface_hub import snapshot_download
 
     try:
