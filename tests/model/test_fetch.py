@@ -307,13 +307,16 @@ def test_an_unknown_name(name: str, isthmus: Callable[..., tuple[int, str, str]]
         resolve("isthmus/whisper-bas")
 
 
-def test_a_hub_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_that_does_not_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}"
         monkeypatch.setattr(constants, "ENDPOINT", url)
         monkeypatch.setattr(module, "HUB_SECONDS", 0.2)
         fetch([NAME])
     verify_folder(world.folder, world.expected)
+    assert "Timeout" in capsys.readouterr().err
     assert not world.hub.requests
 
 
