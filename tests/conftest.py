@@ -137,6 +137,7 @@ Writer = Callable[[Path], None]
 ENCODERS: dict[str, tuple[Writer | None, dict[str, Any]]] = {
     "fbank": (None, {"type": "fbank"}),
     "whisper": (write_whisper, {"type": "whisper"}),
+    "whisper-kept": (write_whisper, {"type": "whisper", "keep_padding": True}),
     "whisper-unpadded": (write_whisper, {"type": "whisper", "pad_to_30s": False}),
     "conformer": (write_conformer, {"type": "conformer"}),
     "parakeet": (write_parakeet, {"type": "conformer"}),
@@ -209,6 +210,23 @@ def parts() -> Path:
 
 
 ModelFolder = Callable[[str], Path]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What isthmus keeps for later is kept for this session only."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    os.environ["ISTHMUS_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts() -> Path:
+    """Real pretrained parts: $ISTHMUS_PARTS, or the user's cache."""
+    folder = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
+    if not (folder / "whisper-base").is_dir():
+        pytest.skip(f"no real parts in {folder}: set ISTHMUS_PARTS to a folder of them")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from isthmus.model.parts import PartSettings
 from isthmus.speech.augment import Augmentation, SpecAugment
 
+Precision = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_LANGUAGE = "default"  # stands for those that a mapping by language does not name
 
@@ -54,7 +55,7 @@ class DataSettings(PartSettings):
 class SpeechDataSettings(DataSettings):
     """The same for a model with a frozen encoder, whose frames can be kept."""
 
-    feature_cache: Literal["none", "bfloat16", "float32"] = "none"
+    feature_cache: Precision | Literal["none"] = "none"
     """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
     spec_augment: SpecAugment | None = None
     """On log-mel features, in training only: for a Conformer that is trained too."""
@@ -80,8 +81,8 @@ class LoopSettings(PartSettings):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products in it; frozen weights are held in it, trained ones in float32."""
+    precision: Precision = "float32"
+    """Of products and frozen weights, whatever the files have; trained weights are in float32."""
     accumulate: int = Field(1, ge=1)
     """Batches of an optimiser step (of each process, where there are several)."""
     workers: int | None = Field(None, ge=0)

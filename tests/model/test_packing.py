@@ -260,9 +260,11 @@ def test_checkpointing_sees_the_boundaries_again(llama: PreTrainedModel) -> None
 
 
 def test_adapters_and_their_dropout(llama: PreTrainedModel) -> None:
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    llama.add_adapter(LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5))
+    inject_adapter_in_model(
+        LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.5), llama
+    )
     llama.config.attention_dropout = 0.5
     for name, value in llama.named_parameters():
         if "lora" in name:

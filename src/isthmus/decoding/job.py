@@ -32,7 +32,8 @@ from isthmus.decoding.systems import load_system, system_folder, system_settings
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, recover_folder, write_atomic
-from isthmus.model.parts import sha256, source
+from isthmus.model.parts import source
+from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.audio import AudioError

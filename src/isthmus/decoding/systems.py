@@ -7,7 +7,8 @@ from typing import Any
 
 from isthmus.decoding.recogniser import Recogniser
 from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load
-from isthmus.model.parts import SHIPPED, download, resolve
+from isthmus.model.hub import download
+from isthmus.model.parts import SHIPPED, resolve
 from isthmus.recipe import change_settings
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.training.folder import CONFIG, RECIPE, local_system

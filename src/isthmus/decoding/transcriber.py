@@ -23,7 +23,7 @@ from isthmus.decoding.timestamps import CTCModel, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
-from isthmus.model.parts import download
+from isthmus.model.hub import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import change_settings
@@ -181,8 +181,7 @@ class Transcriber(Recogniser):
         assert self.ctc is not None
         length = torch.tensor([len(frames)])
         (text,) = self.ctc.greedy(self._ctc_log_probs(frames)[None], length)
-        tokenizer = self.model.llm.tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return self.model.transcript_tokens(text)
 
     def _ctc_log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (T, V) of the units of the encoder's CTC head in frames (T, D)."""

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from isthmus.model.cache import CACHE
+
 Backend = Literal["sdpa", "varlen"]
 PACKED = "isthmus_packed_"  # and the name of the ordinary attention
 ORDINARY = ("sdpa", "eager")
@@ -200,7 +202,7 @@ def _hidden(network: PreTrainedModel, embeddings: Tensor, packing: Packing) -> T
 def shared_prefix(network: PreTrainedModel, embeddings: Tensor) -> Prefix:
     """The prefix of embeddings (P, E), P > 0. Good as long as the network's weights stay."""
     output = cast(Any, network.base_model)(inputs_embeds=embeddings[None], use_cache=True)
-    layers = output.past_key_values.layers
+    layers = getattr(output, CACHE).layers
     keys, values = (tuple(getattr(layer, part) for layer in layers) for part in ("keys", "values"))
     return Prefix(len(embeddings), keys, values)
 

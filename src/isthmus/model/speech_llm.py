@@ -6,6 +6,7 @@ loss, E LLM width, V tokens.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from isthmus.errors import IsthmusError
 from isthmus.model.cross_entropy import summed_cross_entropy
 from isthmus.model.encoder import Encoder, parameters
+from isthmus.model.features import without_autocast
 from isthmus.model.llm import LLM
 from isthmus.model.packing import (
     Choice,
@@ -25,7 +27,7 @@ from isthmus.model.packing import (
 )
 from isthmus.model.parts import Tune, freeze
 from isthmus.model.projector import Projector
-from isthmus.model.prompt import Prompt, prompt_tokens, tokenise
+from isthmus.model.prompt import Prompt, prompt_tokens, tokenise, transcript_tokens
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss
@@ -78,6 +80,10 @@ class SpeechLLM(nn.Module):
         for parameter in self.trainable().values():
             parameter.data = parameter.data.float()  # small steps get lost in half precision
         self.end_token = prompt.end_token(llm.tokenizer)
+        for one in self.prompts if not next(llm.parameters()).is_meta else ():
+            pieces = tokenise(one, llm.tokenizer)
+            tokens = [token for piece in pieces for token in piece.tokens or ()]
+            llm.require_rows([*tokens, self.end_token], "prompt.template")
         self.attention: Choice | None = None  # None: utterances padded to the longest
         self.prefix: Prefix | None = None  # what all prompts begin with, where it is shared
         self._mean_embedding: Tensor | None = None  # of the LLM's tokens
@@ -130,6 +136,10 @@ class SpeechLLM(nn.Module):
         """Tokens of the longest of its prompts."""
         return max(prompt_tokens(prompt, self.llm.tokenizer) for prompt in self.prompts)
 
+    def transcript_tokens(self, transcript: str) -> list[int]:
+        """Those of a transcript behind its prompt, the end token apart."""
+        return transcript_tokens(self.prompts[0], self.llm.tokenizer, transcript)
+
     def fault(self, seconds: float, text_tokens: int = 0) -> str | None:
         """Why an utterance that long, with a transcript of so many tokens, is too much; else None.
 
@@ -163,8 +173,14 @@ class SpeechLLM(nn.Module):
         return f"{choice.reason}; the first {len(tokens)} tokens of the prompt computed once"
 
     def encode(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
-        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length."""
-        frames, num_frames = self.encoder(waveforms, num_samples)
+        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length.
+
+        A frozen encoder computes in what its weights are held in: the same in training, for the
+        feature cache and in decoding.
+        """
+        frozen = self.tune["encoder"] == "frozen"
+        with without_autocast(waveforms.device) if frozen else nullcontext():
+            frames, num_frames = self.encoder(waveforms, num_samples)
         return [row[:length] for row, length in zip(frames, num_frames.tolist(), strict=True)]
 
     def encode_alone(self, waveform: Tensor) -> Tensor:

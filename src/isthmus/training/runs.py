@@ -20,6 +20,7 @@ import torch
 
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, recover_folder, write_atomic, write_folder
+from isthmus.model.cache import require_cache
 from isthmus.model.llm import save_llm
 from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
@@ -267,6 +268,7 @@ def train(
         pinned = _as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
         place(model, recipe.train, ranks)
+        require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
