@@ -200,15 +200,6 @@ def byte_tokenizer() -> Qwen2Tokenizer:
     return tokenizer
 
 
-@pytest.fixture(scope="session")
-def parts() -> Path:
-    """Real pretrained parts: $ISTHMUS_PARTS, or the user's cache."""
-    folder = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
-    if not (folder / "whisper-base").is_dir():
-        pytest.skip(f"no real parts in {folder}: set ISTHMUS_PARTS to a folder of them")
-    return folder
-
-
 ModelFolder = Callable[[str], Path]
 
 

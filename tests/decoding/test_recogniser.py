@@ -456,7 +456,7 @@ def without(source: Path, folder: Path, *patterns: str) -> Path:
     [
         ("whisper", "tokenizer*", "tokenizer"),
         ("hubert-layer", "preprocessor_config.json", "feature extractor"),
-        ("moonshine", "*.safetensors", "no safetensors weights"),
+        ("moonshine", "*.safetensors", "no weights"),
     ],
 )
 def test_a_recogniser_without_a_part_is_refused_in_one_line(
