@@ -111,7 +111,7 @@ class Seq2SeqRecogniser(Recogniser):
         self.languages: Mapping[str, int] = getattr(network.generation_config, "lang_to_id", {})
         if settings.language and not self.languages:
             log.warning("language has no effect: this model knows one language only.")
-        self.check_language(settings.language or "")
+        self.check_language("")
 
     @property
     def longest(self) -> float:
@@ -120,6 +120,7 @@ class Seq2SeqRecogniser(Recogniser):
         return min(float(own), self.settings.chunk_seconds)
 
     def check_language(self, language: str) -> None:
+        language = self.settings.language or language
         if self.languages and language and self._code(language) is None:
             codes = sorted(token.strip("<|>") for token in self.languages)
             raise IsthmusError(

@@ -8,7 +8,7 @@ from typing import Any
 from isthmus.decoding.recogniser import Recogniser
 from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load
 from isthmus.model.hub import download
-from isthmus.model.parts import SHIPPED, resolve
+from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.training.folder import CONFIG, RECIPE, local_system
@@ -22,7 +22,7 @@ def system_folder(name: str | Path) -> Path:
     It holds a recipe if it is a run. Raises IsthmusError.
     """
     local = local_system(name)
-    if local is None and name not in SHIPPED:
+    if local is None and not str(name).startswith("isthmus/"):
         known = download(str(name), None, [RECIPE, CONFIG])  # one small file says what it is
         if (known / RECIPE).is_file():
             return download(str(name), None, RUN_FILES)

@@ -21,7 +21,7 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths
 from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder
 from isthmus.model.parts import load_network, loading, model_type, resolve
 from isthmus.speech.audio import SAMPLE_RATE
@@ -74,10 +74,10 @@ class PretrainedCTC(nn.Module):
         return logits.float().log_softmax(dim=-1)
 
     def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
-        """Best path, as transformers reads it: repeats joined, blanks dropped."""
-        best = log_probs.argmax(dim=-1).tolist()
-        rows = zip(best, num_frames.tolist(), strict=True)
-        return [str(self.tokenizer.decode(path[:length])).strip() for path, length in rows]
+        """Best path: repeats joined, blanks dropped."""
+        paths = best_paths(log_probs, num_frames, self.blank)
+        # whose own joining would take the second of two letters, now that no blank parts them
+        return [str(self.tokenizer.decode(one, group_tokens=False)).strip() for one in paths]
 
 
 CTCModel: TypeAlias = ConformerCTC | PretrainedCTC

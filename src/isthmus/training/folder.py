@@ -6,9 +6,11 @@ from pathlib import Path
 
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json
+from isthmus.recipe_files import read_recipe
 
 RECIPE, ENVIRONMENT, MODEL = "recipe.yaml", "environment.json", "model"
 CONFIG = "config.json"  # which every folder of a pretrained model has
+PRETRAINING = {"architecture", "start_from"}  # keys that only recipes of pretraining have
 DEFAULT = "default"  # the run that ships
 SHIPPED_RUN = Path(__file__).resolve().parent.parent / "assets" / DEFAULT
 
@@ -41,7 +43,13 @@ def local_system(name: str | Path) -> Path | None:
     for folder in (Path(name) / MODEL, Path(name)):
         if (folder / CONFIG).is_file():
             return folder
-    return local_run(name)
+    run = local_run(name)
+    if run is not None and not PRETRAINING.isdisjoint(read_recipe(run / RECIPE)[1]):
+        raise IsthmusError(
+            f"{run} holds no model yet: its recipe is of `isthmus pretrain-ctc` or pretrain-lm, "
+            "which write it at the end. Go on with --resume."
+        )
+    return run
 
 
 def check_run(folder: Path) -> None:
