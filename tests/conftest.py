@@ -137,6 +137,7 @@ Writer = Callable[[Path], None]
 ENCODERS: dict[str, tuple[Writer | None, dict[str, Any]]] = {
     "fbank": (None, {"type": "fbank"}),
     "whisper": (write_whisper, {"type": "whisper"}),
+    "whisper-kept": (write_whisper, {"type": "whisper", "keep_padding": True}),
     "whisper-unpadded": (write_whisper, {"type": "whisper", "pad_to_30s": False}),
     "conformer": (write_conformer, {"type": "conformer"}),
     "parakeet": (write_parakeet, {"type": "conformer"}),

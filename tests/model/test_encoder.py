@@ -84,7 +84,8 @@ def test_states_its_frames(encoder: Encoder, encoder_name: str, waves: Waves) ->
     assert encoder.frame_rate == FRAME_RATES.get(encoder_name, 50.0)
     (frames,) = encode(encoder, waves(SAMPLE_RATE * 2))
     assert frames.shape[1] == encoder.dim
-    assert len(frames) == pytest.approx(2 * encoder.frame_rate, abs=0.25 * encoder.frame_rate)
+    seconds = 30 if encoder_name == "whisper-kept" else 2
+    assert len(frames) == pytest.approx(seconds * encoder.frame_rate, abs=0.25 * encoder.frame_rate)
 
 
 def test_output_length_is_the_real_one(encoder: Encoder, waves: Waves) -> None:
@@ -179,6 +180,21 @@ def test_whisper_takes_30_seconds(
         encode(whisper, waves(1600), waves(longest + 1))
 
 
+def test_padding_is_kept(encoder_settings: Callable[[str], Any], waves: Waves) -> None:
+    """1500 frames of any audio: its own, and behind them those of the padding."""
+    kept, dropped = (encoder_settings(name).build().eval() for name in ("whisper-kept", "whisper"))
+    for num_samples in (1, 30_000, 30 * SAMPLE_RATE):
+        (frames,), (own,) = (encode(one, waves(num_samples)) for one in (kept, dropped))
+        assert len(frames) == kept.output_length(num_samples) == 1500
+        torch.testing.assert_close(frames[: len(own)], own, atol=0, rtol=0)
+        assert frames[len(own) :].isfinite().all()
+
+
+def test_padding_that_is_not_there_cannot_be_kept() -> None:
+    with pytest.raises(ValidationError, match="pad_to_30s"):
+        WhisperSettings(path="x", keep_padding=True, pad_to_30s=False)
+
+
 def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> None:
     with pytest.warns(UserWarning, match="pad_to_30s"):
         WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=False).build()
@@ -186,7 +202,7 @@ def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> N
 
 @pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
 def test_what_is_worked_on(encoder: Encoder, encoder_name: str) -> None:
-    padded = 30.0 if encoder_name == "whisper" else 12.0
+    padded = 30.0 if encoder_name in ("whisper", "whisper-kept") else 12.0
     assert [encoder.encoded_seconds(one) for one in (12.0, 30.0)] == [padded, 30.0]
     if encoder_name != "pair":
         weights = sum(value.numel() for value in encoder.parameters())

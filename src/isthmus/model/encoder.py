@@ -95,19 +95,24 @@ class WhisperEncoder(Encoder):
     """Whisper's encoder, 50 frames a second.
 
     Audio is padded to 30 s, as Whisper was trained (SLAM-ASR found results worse without), and the
-    frames of padding are dropped again. Unpadded, each utterance passes alone at its own length.
+    frames of padding are dropped again, unless `keep_padding`: then every utterance has those of
+    30 s. Unpadded, each utterance passes alone at its own length.
     """
 
-    def __init__(self, network: Any, extractor: Any, pad_to_30s: bool = True):
+    def __init__(
+        self, network: Any, extractor: Any, pad_to_30s: bool = True, keep_padding: bool = False
+    ):
         super().__init__(network)
         self.extractor = extractor
         self.pad_to_30s = pad_to_30s
+        self.keep_padding = keep_padding
         self.dim = int(network.config.d_model)
         self.frame_rate = SAMPLE_RATE / HOP_SAMPLES / 2
         self.max_seconds = float(extractor.chunk_length)
 
     def output_length(self, num_samples: int) -> int:
-        return max(1, math.ceil(num_samples // HOP_SAMPLES / 2))  # a stride of 2 after the mel hop
+        kept = self.extractor.n_samples if self.keep_padding else num_samples
+        return max(1, math.ceil(kept // HOP_SAMPLES / 2))  # a stride of 2 after the mel hop
 
     def encoded_seconds(self, seconds: float) -> float:
         return max(seconds, float(self.extractor.chunk_length)) if self.pad_to_30s else seconds
@@ -362,6 +367,17 @@ class WhisperSettings(PretrainedSettings):
     tune: EncoderTune = "frozen"
     pad_to_30s: bool = True
     """False: utterances at their own length, which Whisper was not trained on."""
+    keep_padding: bool = False
+    """The frames of the padding too, as the authors of SLAM-ASR have it: 1500, however short."""
+
+    @model_validator(mode="after")
+    def _padding_to_keep(self) -> "WhisperSettings":
+        if self.keep_padding and not self.pad_to_30s:
+            raise ValueError(
+                "keep_padding is true and pad_to_30s false, so there is no padding to keep: leave "
+                "out one of them"
+            )
+        return self
 
     def build(self) -> WhisperEncoder:
         if not self.pad_to_30s:
@@ -372,7 +388,8 @@ class WhisperSettings(PretrainedSettings):
             )
         folder = _checked_folder(self, {self.type})
         network = load_network(AutoModel, folder, self.path)
-        return WhisperEncoder(network.encoder, _extractor(self, folder), self.pad_to_30s)
+        extractor = _extractor(self, folder)
+        return WhisperEncoder(network.encoder, extractor, self.pad_to_30s, self.keep_padding)
 
 
 class SelfSupervisedSettings(PretrainedSettings):
