@@ -3,10 +3,11 @@
 Those of a part of the model stand beside the part.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from isthmus.errors import IsthmusError
 from isthmus.model.parts import PartSettings
 from isthmus.speech.augment import Augmentation, SpecAugment
 
@@ -96,6 +97,10 @@ class LoopSettings(PartSettings):
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept."""
 
+    def batches(self, processes: int) -> int:
+        """Batches of an optimiser step, of all processes together."""
+        return self.accumulate * processes
+
     def warmup_fault(self) -> str | None:
         """A line where training ends before the rate has risen to the one that is asked for."""
         if self.warmup_steps < self.steps or self.warmup_steps <= 1:
@@ -115,6 +120,9 @@ class TrainSettings(LoopSettings):
     max_duration: float | None = Field(None, gt=0)
     """Padded seconds of a batch at most, instead of batch_size."""
 
+    global_batch_size: int | None = Field(None, ge=1)
+    """Utterances of an optimiser step, of all processes together; instead of accumulate."""
+
     MEASURES: ClassVar[tuple[str, ...]] = ("batch_size", "max_duration")
 
     @model_validator(mode="before")
@@ -130,6 +138,39 @@ class TrainSettings(LoopSettings):
             if not given:
                 return {**values, "batch_size": 6}
         return values
+
+    @model_validator(mode="after")
+    def _global_batch_is_whole(self) -> Self:
+        if self.global_batch_size is None:
+            return self
+        if self.batch_size is None or self.global_batch_size % self.batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is no multiple of batch_size "
+                f"{self.batch_size}: change one, or set global_batch_size to null"
+            )
+        if self.accumulate != 1:
+            raise ValueError(
+                f"give one of accumulate ({self.accumulate}) and global_batch_size "
+                f"({self.global_batch_size}), which says how many batches are accumulated"
+            )
+        return self
+
+    def batches(self, processes: int) -> int:
+        """Raises IsthmusError where they cannot share the global batch evenly."""
+        if self.global_batch_size is None:
+            return super().batches(processes)
+        assert self.batch_size is not None
+        own, rest = divmod(self.global_batch_size, processes)
+        if rest or own % self.batch_size:
+            sizes = [size for size in range(1, own + 1) if own % size == 0]
+            remedy = f"train.batch_size to one of {', '.join(map(str, sizes))}"
+            if rest:
+                remedy = f"it to a multiple of {processes}, or start another number of processes"
+            raise IsthmusError(
+                f"train.global_batch_size {self.global_batch_size} in batches of "
+                f"{self.batch_size} cannot be shared by {processes} processes: set {remedy}."
+            )
+        return self.global_batch_size // self.batch_size
 
 
 class SpeechTrainSettings(TrainSettings):

@@ -176,10 +176,10 @@ def arithmetic(model: SpeechLLM, recipe: Recipe, ranks: Ranks) -> list[str]:
         "LLM positions": train.max_tokens,
     }
     unit, size = next((unit, size) for unit, size in measures.items() if size is not None)
-    batches = ranks.world * train.accumulate
+    batches = train.batches(ranks.world)
     return [
         f"precision: products in {products}; weights of the encoder in {held[0]}, of the LLM in "
         f"{held[1]} (quantised: {recipe.llm.quantise}); what is trained is in float32",
-        f"step: {size:g} {unit} a batch x {train.accumulate} accumulated x {ranks.world} processes "
-        f"= at most {size * batches:g} {unit}",
+        f"step: {size:g} {unit} a batch x {batches // ranks.world} accumulated x {ranks.world} "
+        f"processes = at most {size * batches:g} {unit}",
     ]
