@@ -299,7 +299,9 @@ def write_preset(name: str, folder: Path) -> None:
 
 def stand_in_tokenizer() -> PreTrainedTokenizerFast:
     """Counts tokens about as an LLM's own does; what they are it does not know."""
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>")
+    )
     piece = Regex(rf"\s*\S{{1,{LETTERS_A_TOKEN}}}|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(piece, "isolated")
     fast = PreTrainedTokenizerFast(
