@@ -101,18 +101,19 @@ def require_cache(network: nn.Module, name: str) -> None:
     Two prompts of noise change places, and the logits of a token more must be those of the network
     when it reads all again. Recurrent networks whose state cannot be had or moved do not pass.
     """
-    table = cast(Any, network).get_input_embeddings().weight
+    embedding = cast(Any, network).get_input_embeddings()
+    table, tokens = embedding.weight, [1, 2]
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6, table.shape[1], generator=generator) * float(table[:1000].float().std())
     prompts = list(noise.to(table).split([4, 2]))
-    more = torch.cat([prompts[1], table[1:2]]), torch.cat([prompts[0], table[2:3]])
+    new = embedding(torch.tensor(tokens, device=table.device)).split(1)
     try:
         steps = CopiedSteps(network, prompts)
         steps.prefill()
-        found = steps.next([1, 0], [[0], [0]], [[1], [2]])[:, 0].float()
-        expected = torch.cat(
-            [network(inputs_embeds=one[None], use_cache=False).logits[:, -1] for one in more]
-        ).float()
+        found = steps.next([1, 0], [[0], [0]], [[token] for token in tokens])[:, 0].float()
+        whole = [torch.cat(pair)[None] for pair in zip(reversed(prompts), new, strict=True)]
+        logits = [network(inputs_embeds=one, use_cache=False).logits[:, -1] for one in whole]
+        expected = torch.cat(logits).float()
         fault = None
         if not (found - expected).norm() <= ROUNDING * expected.norm():
             fault = "what it computes from it is not what it computes from the whole"

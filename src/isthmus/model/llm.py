@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -58,6 +58,12 @@ class LLMSettings(PretrainedSettings):
     """Frozen weights in 8 or 4 bits, or products of float8 numbers (GPUs since Ada)."""
     lora: LoraSettings = LoraSettings()
     """Used with `tune: lora`."""
+
+    @model_validator(mode="after")
+    def _one_file(self) -> "LLMSettings":
+        if self.gguf is not None and self.path.endswith(".gguf"):
+            raise ValueError("path names a GGUF file already: leave out gguf, or name its folder")
+        return self
 
     def build(self) -> "LLM":
         if self.tune != "lora" and self.lora != LoraSettings():
