@@ -203,6 +203,23 @@ def byte_tokenizer() -> Qwen2Tokenizer:
 ModelFolder = Callable[[str], Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What isthmus keeps for later is kept for this session only."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    os.environ["ISTHMUS_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def parts() -> Path:
+    """Real pretrained parts: $ISTHMUS_PARTS, or the user's cache."""
+    folder = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
+    if not (folder / "whisper-base").is_dir():
+        pytest.skip(f"no real parts in {folder}: set ISTHMUS_PARTS to a folder of them")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     """The folder of the tiny model of a name in ENCODERS or LLMS; written once, never to change."""

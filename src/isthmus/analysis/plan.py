@@ -175,7 +175,7 @@ def make_plan(
         counted = round(speech.mean_tokens * utterances), round(positions * utterances)
         return Work(steps, *counted, total, total / an_hour)
 
-    step = batch * recipe.train.accumulate * hardware.count
+    step = batch * recipe.train.batches(hardware.count)
     cache = {
         "bytes": speech.utterances * frame_bytes(recipe, model.encoder, seconds),
         "hours": speech.utterances * filling / an_hour,

@@ -10,7 +10,7 @@ from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
-from isthmus.model.prompt import plain_tokens
+from isthmus.model.llm import LLM
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.recipe import CTCRecipe, Recipe
@@ -44,6 +44,8 @@ def speech_data(
     if isinstance(recipe, Recipe) and isinstance(recipe.train.text_masking, dict):
         masked = recipe.train.text_masking.keys() - {DEFAULT_LANGUAGE}
         check_spoken("train.text_masking", sorted(masked), cuts, "data.train")
+    if isinstance(model, SpeechLLM):
+        _warn_of_unspelt(model.llm, cuts)
     train = SpeechData(
         cuts,
         seed=recipe.seed,
@@ -79,6 +81,22 @@ def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> 
     return cache
 
 
+def _warn_of_unspelt(llm: LLM, cuts: Sequence[Cut]) -> None:
+    """Say which transcripts teach the language model to write its unknown token."""
+    bad, letters = llm.unspelt([transcript(cut) for cut in cuts])
+    if bad:
+        log.warning(
+            "data.train: the LLM's tokenizer cannot spell %s, which %.1f %% of the transcripts "
+            "have (%d of %d): there it learns to write %s. Leave these out, spell them otherwise, "
+            "or take another LLM.",
+            " ".join(letters[:20]) + (" ..." if len(letters) > 20 else ""),
+            100 * bad / len(cuts),
+            bad,
+            len(cuts),
+            llm.tokenizer.unk_token,
+        )
+
+
 def positions_of(model: SpeechLLM, augmentation: Augmentation | None = None) -> Positions:
     """LLM positions of utterances heard as one, as many as `augmentation` may make them."""
     longest = augmentation.longest if augmentation else lambda seconds: seconds
@@ -88,7 +106,7 @@ def positions_of(model: SpeechLLM, augmentation: Augmentation | None = None) -> 
 
 
 def _tokens(model: SpeechLLM, text: str) -> int:
-    return len(plain_tokens(model.llm.tokenizer, text)) + 1  # the end token
+    return len(model.transcript_tokens(text)) + 1  # the end token
 
 
 def _within(budget: int | None, positions: Positions | None, fits: Fits) -> Fits:

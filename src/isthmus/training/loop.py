@@ -157,7 +157,7 @@ def fit(
     _start(run, resume)
     progress = run.progress
     plan = lru_cache(maxsize=2)(task.plan)
-    width = settings.accumulate * run.ranks.world  # batches of a step
+    width = settings.batches(run.ranks.world)
     _check_plan(run, plan(progress.epoch))
     place = progress.epoch, progress.position, width, run.ranks.rank, run.ranks.world
     loading = contextlib.closing(load_ahead(task, orders(plan, *place), run.workers))

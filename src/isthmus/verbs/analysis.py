@@ -184,7 +184,12 @@ def perplexity(
         print_json({"llm": llm, "normaliser": normaliser, "sets": sets})
     else:
         for name, one in found.items():
-            typer.echo(f"{name}: perplexity {perplexity_text(one)} a word ({one.words:,} words)")
+            values = (one.value, one.without_end, one.slam_llm)
+            own, without, theirs = map(perplexity_text, values)
+            typer.echo(
+                f"{name}: perplexity {own} a word, {without} without the end token, {theirs} by "
+                f"SLAM-LLM's script ({one.words:,} words, {one.precision})"
+            )
 
 
 @app.command()
