@@ -4,15 +4,10 @@ Shapes: B batch, T encoder frames, A audio embeddings of the projector within, S
 D encoder width, E LLM width, V tokens, C tokens that a soft one is mixed of.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from isthmus.model.encoder import Encoder
-from isthmus.model.llm import LLM
-from isthmus.model.projector_base import Projector, ProjectorBase
+from isthmus.model.projector_base import Projector
 from isthmus.model.token_ctc import TokenCTC
 
 SILENCE = 0.9  # probability of the blank from which an embedding says nothing

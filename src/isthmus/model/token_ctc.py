@@ -9,9 +9,10 @@ Shapes: B batch, T encoder frames, A audio embeddings, N of all utterances toget
 V tokens, K labels of a batch.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,26 +53,35 @@ class TokenCTC(nn.Module):
             scores = torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1)
             return scores.log_softmax(dim=-1)
 
-    def loss(self, audio: Sequence[Tensor], labels: Sequence[Sequence[int]]) -> Tensor:
+    def loss(
+        self, audio: Sequence[Tensor], labels: Sequence[Sequence[int]]
+    ) -> tuple[Tensor, list[list[int]]]:
         """Summed CTC loss () in nats of each utterance's tokens, given its embeddings (A, E).
 
-        Every utterance must have a path (`needed_embeddings`). Only the scores of the batch's own
-        labels are ever held whole; all others enter through their sum, a chunk at a time.
+        And the tokens that it says by best path. Every utterance must have room for its tokens
+        (`needed_embeddings`). Only the scores of the batch's own labels are ever held whole; all
+        others enter through their sum, a chunk at a time.
         """
         rows = torch.cat(list(audio))  # (N, E)
         with torch.autocast(rows.device.type, enabled=False):
             table = _table(self.llm)
             blank = self._blank(rows)
-            normaliser = torch.logaddexp(
-                _log_sum_exp(rows.to(table.dtype), table, self.scale), blank
-            )
+            total, best, token = _log_sum_exp(rows.to(table.dtype), table, self.scale)
+            path = torch.where(best > blank, token, self.blank)
+            normaliser = torch.logaddexp(total, blank)
             used = sorted({token for own in labels for token in own})
             own = table[torch.tensor(used, device=rows.device, dtype=torch.long)]  # (K, E)
             scores = (rows.to(table.dtype) @ own.T).float() * self.scale
             log_probs = torch.cat([blank[:, None], scores], dim=1) - normaliser[:, None]
             places = {token: place for place, token in enumerate(used, start=1)}
             targets = [[places[token] for token in one] for one in labels]
-            return _restricted_ctc(log_probs.split([len(one) for one in audio]), targets)
+            lengths = [len(one) for one in audio]
+            said = [self.collapsed(own) for own in path.split(lengths)]
+            return _restricted_ctc(log_probs.split(lengths), targets), said
+
+    def collapsed(self, path: Tensor) -> list[int]:
+        """The tokens that a path (A,) of labels says: repeats joined, blanks dropped."""
+        return [token for token, _ in itertools.groupby(path.tolist()) if token != self.blank]
 
     def _blank(self, embeddings: Tensor) -> Tensor:
         """Scores (...) of the blank."""
@@ -81,7 +91,7 @@ class TokenCTC(nn.Module):
 
 def needed_embeddings(tokens: Sequence[int]) -> int:
     """Audio embeddings that CTC needs for tokens: one each, and a blank between two equal ones."""
-    return len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:], strict=False))
+    return len(tokens) + sum(one == other for one, other in itertools.pairwise(tokens))
 
 
 def _table(llm: LLM) -> Tensor:
@@ -118,33 +128,40 @@ def _restricted_ctc(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]
     return value.detach() - torch.stack(said).sum()
 
 
-def _log_sum_exp(rows: Tensor, table: Tensor, scale: float) -> Tensor:
-    """Logarithm (N,) of the sum over tokens of exp(scale * rows @ table.T), in float32."""
-    chunk = max(1, CHUNK_BYTES // (4 * len(table)))
-    if torch.is_grad_enabled() and rows.requires_grad:
-        apply = cast(Any, _LogSumExp.apply)
-        return cast(Tensor, apply(rows, table, scale, chunk))
-    parts = [((part @ table.T).float() * scale).logsumexp(dim=1) for part in rows.split(chunk)]
-    return torch.cat(parts)
+def _log_sum_exp(rows: Tensor, table: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithm (N,) of the sum over tokens of exp(scale * rows @ table.T), in float32.
+
+    And the largest exponent (N,), and whose it is (N,).
+    """
+    apply: Any = _LogSumExp.apply
+    total, best, token = apply(rows, table, scale, max(1, CHUNK_BYTES // (4 * len(table))))
+    return total, best, token
 
 
 class _LogSumExp(torch.autograd.Function):
     """Its gradient, the mean of the embeddings by their probabilities, is had beside the sum."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, table: Tensor, scale: float, chunk: int) -> Tensor:
-        sums, means = [], []
+    def forward(
+        ctx: Any, rows: Tensor, table: Tensor, scale: float, chunk: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        totals, means, best = [], [], []
         for part in rows.split(chunk):
             scores = (part @ table.T).float() * scale
-            total = scores.logsumexp(dim=1)
-            sums.append(total)
-            means.append((scores - total[:, None]).exp_().to(table.dtype) @ table)
-        ctx.save_for_backward(torch.cat(means))
+            totals.append(scores.logsumexp(dim=1))
+            best.append(scores.max(dim=1))
+            if ctx.needs_input_grad[0]:
+                probs = (scores - totals[-1][:, None]).exp_()
+                means.append(probs.to(table.dtype) @ table)
+        if means:
+            ctx.save_for_backward(torch.cat(means))
         ctx.scale = scale
-        return torch.cat(sums)
+        largest, tokens = (torch.cat(parts) for parts in zip(*best, strict=True))
+        ctx.mark_non_differentiable(largest, tokens)
+        return torch.cat(totals), largest, tokens
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         (means,) = ctx.saved_tensors
         return (gradient[:, None] * means.float() * ctx.scale).to(means.dtype), None, None, None
