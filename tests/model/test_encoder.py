@@ -306,7 +306,12 @@ def test_only_the_conformer_can_spell(encoder: Encoder, encoder_name: str) -> No
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("conformer", "hubert-layer"), ("fbank", "parakeet"), ("wavlm-group", "fbank")],
+    [
+        ("conformer", "hubert-layer"),
+        ("fbank", "parakeet"),
+        ("wavlm-group", "fbank"),
+        ("whisper-kept", "fbank"),
+    ],
 )
 def test_a_pair_is_both_side_by_side(
     encoder_settings: Callable[[str], Any], waves: Waves, first: str, second: str

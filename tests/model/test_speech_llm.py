@@ -243,6 +243,15 @@ def test_fault_says_what_would_be_too_much(join: Join) -> None:
     assert model.fault(1.0, room + 1) == "it takes 257 positions, the language model has 256"
 
 
+def test_padding_that_is_kept_fills_the_same_positions(join: Join, waves: Waves) -> None:
+    model = join("bloom", "whisper-kept").eval()
+    (audio,) = model.embed_audio(waves(8_000)[None], torch.tensor([8_000]))
+    assert len(audio) == model.audio_tokens(0.5) == model.audio_tokens(30.0) == 750
+    assert model.positions(0.5, 3) == model.positions(30.0, 3)
+    assert model.fault(0.5) is None
+    assert "256" in str(join("llama", "whisper-kept").fault(0.5))
+
+
 def test_too_short_for_an_embedding(join: Join, waves: Waves) -> None:
     model = join(encoder="hubert-group").eval()
     waveforms = waves(100)[None]
