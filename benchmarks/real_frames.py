@@ -23,7 +23,7 @@ from isthmus.speech.corpora import load_cut, read_corpus
 from isthmus.training.features import FeatureCache, encoder_description
 
 PARTS = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
-SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", "../shared/speech")) / "en_librispeech/dev.jsonl"
+SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", "../shared/speech")) / "en_librispeech/train.jsonl"
 BASE = ("float32", True)
 FLOORS = {("bfloat16", True): 0.35, ("float32", False): None, ("bfloat16", False): 0.12}
 
