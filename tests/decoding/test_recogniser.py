@@ -388,7 +388,7 @@ def test_the_commands_take_them(
     assert "language de" in out
     _, out, _ = isthmus("transcribe", tmp_path / "0.wav", "-m", folder, "--language", "en")
     assert out.strip() == texts["0"]
-    code, _, _ = isthmus("transcribe", data, "-m", folder, "--language", "en", "-o", tmp_path / "j")
+    code, _, _ = isthmus("transcribe", data, "-m", folder, "-o", tmp_path / "j")
     found = [json.loads(line) for line in (tmp_path / "j" / "transcripts.jsonl").open()]
     assert {row["id"]: row["text"] for row in found} == texts
     other = recogniser_folder("whisper.en")
