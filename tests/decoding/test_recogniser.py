@@ -254,6 +254,7 @@ def test_beams_are_searched_as_generate_does(
     recogniser_folder: Callable[[str], Path], audio: list[np.ndarray]
 ) -> None:
     folder = recogniser_folder("moonshine")
+    assert load_system(recogniser_folder("speech_to_text")).settings.model_dump()["beam_size"] == 2
     greedy = load_system(folder).transcribe(list(audio))
     wide = load_system(folder, beam_size=4).transcribe(list(audio))
     assert [one.text for one in wide] == [own_text(folder, one, num_beams=4) for one in audio]
@@ -380,7 +381,7 @@ def test_the_commands_take_them(
     report = json.loads(out)
     assert (code, err) == (0, "")
     assert report["words"] == 12
-    assert report["decode"]["language"] is None
+    assert (report["decode"]["language"], report["decode"]["beam_size"]) == (None, 1)
     rows = [json.loads(line) for line in next((tmp_path / "out").iterdir()).open()]
     texts = {row["id"]: row["pred_text"] for row in rows}
     assert texts["0"] == own_text(folder, audio[0], language="en", task="transcribe")
@@ -388,7 +389,7 @@ def test_the_commands_take_them(
     assert "language de" in out
     _, out, _ = isthmus("transcribe", tmp_path / "0.wav", "-m", folder, "--language", "en")
     assert out.strip() == texts["0"]
-    code, _, _ = isthmus("transcribe", data, "-m", folder, "--language", "en", "-o", tmp_path / "j")
+    code, _, _ = isthmus("transcribe", data, "-m", folder, "-o", tmp_path / "j")
     found = [json.loads(line) for line in (tmp_path / "j" / "transcripts.jsonl").open()]
     assert {row["id"]: row["text"] for row in found} == texts
     other = recogniser_folder("whisper.en")

@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from lhotse.cut import Cut, MonoCut
+from lhotse.utils import fastcopy
 
 from isthmus.decoding.formats import transcript_dict
 from isthmus.decoding.recogniser import Result
@@ -42,6 +43,7 @@ from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
 from isthmus.training.folder import DEFAULT, RECIPE
+from isthmus.training.languages import language
 from isthmus.training.loop import BEST, CHECKPOINTS
 from isthmus.training.runs import PARTS as FROZEN
 
@@ -396,7 +398,7 @@ def _utterances(corpora: Sequence[str]) -> tuple[list[Cut], list[Row]]:
                 row = {"id": cut.id, "audio_filepath": _audio(cut)}
                 duplicates.append(row | {"status": "rejected:duplicate_id", "error": reason})
             else:
-                found[cut.id] = cut.drop_supervisions()
+                found[cut.id] = cut.map_supervisions(partial(fastcopy, text=None))
     return list(found.values()), duplicates
 
 
@@ -414,7 +416,7 @@ def _facts(cut: Cut) -> list[Any]:
     """What tells a cut from others as far as transcripts go."""
     fault = _custom(cut).get(FAULT, ("",))[0]
     place = [cut.start, cut.channel] if isinstance(cut, MonoCut) else []
-    return [cut.id, _audio(cut), cut.duration, fault, *place]
+    return [cut.id, _audio(cut), cut.duration, language(cut), fault, *place]
 
 
 def _digest(values: Iterable[Any]) -> str:

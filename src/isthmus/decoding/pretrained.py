@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
@@ -95,7 +95,7 @@ class Seq2SeqRecogniser(Recogniser):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         extractor: Any,
         tokenizer: Any,
         settings: Seq2SeqSettings,
@@ -105,7 +105,8 @@ class Seq2SeqRecogniser(Recogniser):
         self.network: Any = network.eval()
         self.extractor = extractor
         self.tokenizer = tokenizer
-        self.settings = settings
+        beams = settings.beam_size or self.network.generation_config.num_beams or 1
+        self.settings = settings.model_copy(update={"beam_size": beams})
         self.aligner = aligner
         # Whisper's alone; models of English have none
         self.languages: Mapping[str, int] = getattr(network.generation_config, "lang_to_id", {})
@@ -163,9 +164,7 @@ class Seq2SeqRecogniser(Recogniser):
 
     def _generate(self, batch: Mapping[str, Tensor], language: str | None) -> list[list[int]]:
         """The tokens of each utterance, those before and behind its text among them."""
-        options: dict[str, Any] = {}
-        if self.settings.beam_size is not None:
-            options["num_beams"] = self.settings.beam_size
+        options: dict[str, Any] = {"num_beams": self.settings.beam_size}
         if self.languages:
             options |= {"language": language, "task": "transcribe"}
         try:
