@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -256,6 +257,24 @@ def test_nothing_half_converted_is_ever_used(
         shutil.rmtree(cache, ignore_errors=True)
     assert failed > 0
     assert len(copies(cache)) == 1
+
+
+def _load_with_a_full_disk(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+    torch.set_num_threads(1)
+    load(folder)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_it(
+    laid_out: Callable[..., Path], cache: Path
+) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=_load_with_a_full_disk, args=(laid_out("bin"),)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert list((cache / "weights").iterdir()) == [cache / "weights" / files.LOCK]
 
 
 def _load_late(folder: Path, cache: Path, converted: Any) -> None:
