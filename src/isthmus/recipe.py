@@ -261,6 +261,18 @@ def load_recipe(
         raise IsthmusError("\n  ".join([str(error), *hints])) from error
 
 
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """A recipe of any kind, as its keys tell. Raises IsthmusError as `load_recipe` does."""
+    return load_recipe(path, overrides, kind=kind_of(read_recipe(path, overrides)[1]))
+
+
+def kind_of(values: Mapping[str, Any]) -> type[Recipe | CTCRecipe | LanguageRecipe]:
+    """The kind of recipe that has such keys: a model to go on from may stand for all others."""
+    if "encoder" in values or "llm" in values:
+        return Recipe
+    return CTCRecipe if "data" in values else LanguageRecipe
+
+
 def _retyped(overrides: Sequence[str], fault: str) -> Iterator[str]:
     """How to be rid of what a part still says of its old type, where the type alone was changed."""
     for override in overrides:

@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from isthmus.model import prompt as prompt_module
 from isthmus.model.llm import character_tokenizer
 from isthmus.model.prompt import (
     INSTRUCTION,
@@ -288,3 +289,12 @@ def test_the_authors_tokenizer_call_decides_whether_bos_stands_behind_the_audio(
         found = flat(tokenizer, SlamPrompt(), "go")
         assert found[0] is None
         assert (found[1] == tokenizer.bos_token_id) == (begin is not None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_rule_for_blanks_the_ids_are_others(
+    kind: str, make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prompt_module, "_joins_blanks", lambda tokenizer: False)
+    tokenizer = make(kind)
+    assert flat(tokenizer, PaperPrompt(), "go") != expected(tokenizer, PaperPrompt(), "go")

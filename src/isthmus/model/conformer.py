@@ -131,20 +131,7 @@ class ConformerCTC(nn.Module):
         front_end: LogMelSettings,
     ) -> "ConformerCTC":
         """A model with random weights."""
-        encoder = AutoConfig.for_model(
-            "parakeet_encoder",
-            num_mel_bins=front_end.num_mels,
-            # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
-            initializer_range=architecture.hidden_size**-0.5,
-            **architecture.model_dump(),
-        )
-        config = AutoConfig.for_model(
-            "parakeet_ctc",
-            encoder_config=encoder,
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            ctc_loss_reduction="sum",
-        )
+        config = initial_config(architecture, tokenizer, front_end)
         network = AutoModelForCTC.from_config(config, trust_remote_code=False)
         return cls(network, tokenizer, front_end)
 
@@ -156,6 +143,28 @@ def best_paths(log_probs: Tensor, num_frames: Tensor, blank: int) -> list[list[i
         [unit for unit, _ in itertools.groupby(path[:length]) if unit != blank]
         for path, length in best
     ]
+
+
+def initial_config(
+    architecture: ConformerArchitecture,
+    tokenizer: PreTrainedTokenizerFast,
+    front_end: LogMelSettings,
+) -> Any:
+    """The configuration of a new model (transformers' ParakeetCTCConfig)."""
+    encoder = AutoConfig.for_model(
+        "parakeet_encoder",
+        num_mel_bins=front_end.num_mels,
+        # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
+        initializer_range=architecture.hidden_size**-0.5,
+        **architecture.model_dump(),
+    )
+    return AutoConfig.for_model(
+        "parakeet_ctc",
+        encoder_config=encoder,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        ctc_loss_reduction="sum",
+    )
 
 
 def subsampled_length(encoder_config: Any, num_features: int) -> int:
