@@ -9,11 +9,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    Literal,
+    TypeAlias,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+    overload,
+)
 
 import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch import Tensor
 
 from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
@@ -27,6 +37,7 @@ from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, sp
 from isthmus.decoding.timestamps import CTCModel, align_words, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
 from isthmus.errors import IsthmusError
+from isthmus.model.features import padded
 from isthmus.model.parts import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
@@ -39,16 +50,18 @@ from isthmus.speech.audio import (
     check_samples,
     load_audio,
 )
-from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import collate
-from isthmus.training.data import feature_cache
-from isthmus.training.features import FeatureCache
 from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.runs import load_run, stored_recipe
+from isthmus.training.stored import load_run, stored_recipe
+
+if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
+    from lhotse.cut import Cut
+
+    from isthmus.training.features import FeatureCache
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
-Audio: TypeAlias = str | Path | bytes | np.ndarray | Cut
+FILE = (str, Path, bytes)  # audio that is still to be decoded
+Audio: TypeAlias = "str | Path | bytes | np.ndarray | Cut"
 Heard = TypeVar("Heard")
 log = logging.getLogger(__name__)
 
@@ -86,7 +99,7 @@ class Transcriber:
         self,
         model: SpeechLLM,
         settings: DecodeSettings,
-        cache: FeatureCache | None = None,
+        cache: "FeatureCache | None" = None,
         aligner: CTCModel | None = None,
         ngram: NGram | None = None,
     ):
@@ -126,7 +139,7 @@ class Transcriber:
     ) -> list[Transcript]: ...
 
     def transcribe(
-        self, audio: Audio | Sequence[Audio], *, word_timestamps: bool = False
+        self, audio: "Audio | Sequence[Audio]", *, word_timestamps: bool = False
     ) -> Transcript | list[Transcript]:
         """One transcript, or a list for a list, a tuple or another sequence.
 
@@ -267,7 +280,7 @@ class Transcriber:
         cut = partial(
             split, max_seconds=self.longest, overlap_seconds=overlap, detect=self._regions
         )
-        if isinstance(audio, str | Path | bytes):
+        if isinstance(audio, FILE):
             return cut(audio_blocks(audio))
         return cut(_waveform(audio))
 
@@ -390,11 +403,13 @@ class Transcriber:
             ]
         if self.settings.strict:
             return [model.encode_alone(waveform) for waveform in waveforms]
-        batch = collate([""] * len(speech), [one.waveform for one in speech], [])
-        return model.encode(batch.waveforms.to(device), batch.num_samples.to(device))
+        rows, num_samples = padded([one.waveform for one in speech])
+        return model.encode(rows.to(device), num_samples.to(device))
 
     def _key(self, audio: Audio) -> str | None:
-        return self.cache.key(audio) if self.cache is not None and isinstance(audio, Cut) else None
+        if self.cache is None or isinstance(audio, (*FILE, np.ndarray)):
+            return None
+        return self.cache.key(audio)
 
     def _budget(self, seconds: float) -> int:
         """Tokens that a transcript may have, its end token among them."""
@@ -468,10 +483,15 @@ def load(
     decode = decode_settings(folder, settings)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     model, recipe = load_run(folder)
+    cache = None
+    if cached:
+        from isthmus.training.data import feature_cache
+
+        cache = feature_cache(recipe, model)
     return Transcriber(
         model,
         decode,
-        feature_cache(recipe, model) if cached else None,
+        cache,
         load_ctc(align_model) if align_model else None,
         ngram,
     )
@@ -509,8 +529,6 @@ def run_folder(run: str | Path) -> Path:
 
 
 def _waveform(audio: Audio) -> np.ndarray:
-    if isinstance(audio, Cut):
-        return load_cut(audio)
     if isinstance(audio, np.ndarray):
         if audio.ndim != 1 or not len(audio):
             raise IsthmusError(f"Samples must have shape (S,), 16 kHz mono; got {audio.shape}.")
@@ -521,24 +539,29 @@ def _waveform(audio: Audio) -> np.ndarray:
             )
         check_samples(audio, f"array of {len(audio)} samples")
         return audio.astype(np.float32, copy=False)
-    if isinstance(audio, str | Path | bytes):
+    if isinstance(audio, FILE):
         return load_audio(audio)
-    raise _no_audio(audio)
+    from isthmus.speech.cuts import load_cut
+
+    return load_cut(_cut(audio))
 
 
 def _seconds(audio: Audio) -> float:
     """Its length as its header or its manifest says; raises IsthmusError for what is no audio."""
-    if isinstance(audio, Cut):
-        return float(audio.duration)
     if isinstance(audio, np.ndarray):
         return audio.size / SAMPLE_RATE
-    if isinstance(audio, str | Path | bytes):
+    if isinstance(audio, FILE):
         return recording_seconds(audio)
-    raise _no_audio(audio)
+    return float(_cut(audio).duration)
 
 
-def _no_audio(given: object) -> IsthmusError:
-    return IsthmusError(
-        f"Audio cannot be of type {type(given).__name__}. Give a path, bytes, a numpy array of "
+def _cut(audio: object) -> "Cut":
+    """What is neither a file nor samples; raises IsthmusError unless it is a cut of a corpus."""
+    from lhotse.cut import Cut
+
+    if isinstance(audio, Cut):
+        return audio
+    raise IsthmusError(
+        f"Audio cannot be of type {type(audio).__name__}. Give a path, bytes, a numpy array of "
         "16 kHz samples or a cut of a corpus."
     )

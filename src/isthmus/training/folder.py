@@ -1,4 +1,4 @@
-"""What can be said of a run folder without torch: where it lies, and whether we can read it."""
+"""What can be said of a run folder without torch: where it lies, its files, if we can read it."""
 
 import re
 from importlib.metadata import version
@@ -8,6 +8,8 @@ from isthmus.errors import IsthmusError
 from isthmus.files import read_json
 
 RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+PARTS = "parts.json"
+BEST, CHECKPOINTS = "best", "checkpoints"
 DEFAULT = "default"  # the run that ships
 SHIPPED_RUN = Path(__file__).resolve().parent.parent / "assets" / DEFAULT
 
