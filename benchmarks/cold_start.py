@@ -45,6 +45,7 @@ def cpu_seconds(program: list[str]) -> float:
     before = children()
     command = [sys.executable, "-c", *program]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package is compiled already
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     return children() - before
 
