@@ -1,5 +1,6 @@
 """Tiny random models, written as the Hugging Face hub holds them."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -316,6 +317,7 @@ def isthmus(
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        gc.unfreeze()  # a command has its process to itself, but for here
         out, err = capsys.readouterr()
         return code, out, err
 

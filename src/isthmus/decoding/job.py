@@ -42,10 +42,9 @@ from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
-from isthmus.training.folder import DEFAULT, RECIPE
+from isthmus.training.folder import BEST, CHECKPOINTS, DEFAULT, RECIPE
+from isthmus.training.folder import PARTS as FROZEN
 from isthmus.training.languages import language
-from isthmus.training.loop import BEST, CHECKPOINTS
-from isthmus.training.runs import PARTS as FROZEN
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
