@@ -205,7 +205,7 @@ def own_text(folder: Path, waveform: np.ndarray, **options: Any) -> str:
     inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt")
     kind = AutoConfig.from_pretrained(folder).model_type
     auto = AutoModelForCTC if kind in CTC_TYPES else AutoModelForSpeechSeq2Seq
-    network = auto.from_pretrained(folder).eval()
+    network = auto.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         if kind in CTC_TYPES and kind != "parakeet_ctc":
             ids = network(**inputs).logits.argmax(dim=-1)
