@@ -203,6 +203,14 @@ def byte_tokenizer() -> Qwen2Tokenizer:
 ModelFolder = Callable[[str], Path]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What isthmus keeps for later is kept for this session only."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    os.environ["ISTHMUS_CACHE"] = str(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def parts() -> Path:
     """Real pretrained parts: $ISTHMUS_PARTS, or the user's cache."""

@@ -7,6 +7,7 @@ one, and the answers to what is gated or missing are the real ones' too.
 import hashlib
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_of_someone_who_agreed"
-LARGE = (".safetensors", ".bin", ".model")  # kept in large-file storage
+LARGE = (".safetensors", ".bin", ".model", ".gguf", ".pth")  # kept in large-file storage
 
 
 def blob_id(content: bytes) -> str:
@@ -44,6 +45,7 @@ class StandInHub:
         self.requests: Counter[str] = Counter()
         self.cuts: Counter[str] = Counter()
         self.cut_at = 0.5  # share of what was asked for that is sent before it breaks off
+        self.silent = threading.Event()  # set, no request is answered
         hub = self
 
         class Handler(_Handler):
@@ -75,6 +77,7 @@ class StandInHub:
         try:
             yield self
         finally:
+            self.silent.clear()
             self.server.shutdown()
             self.server.server_close()
             thread.join()
@@ -93,6 +96,11 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path).strip("/")
         self.hub.requests[f"{self.command} {path}"] += 1
+        if self.hub.silent.is_set():
+            while self.hub.silent.is_set():
+                time.sleep(0.02)
+            self.close_connection = True
+            return
         if path.startswith("api/models/"):
             owner, name, *rest = path.removeprefix("api/models/").split("/")
             self.describe(f"{owner}/{name}", rest)

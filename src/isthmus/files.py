@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +20,7 @@ from isthmus.errors import IsthmusError, RetryLater
 MANIFEST = "MANIFEST.json"
 SCHEMA = 1
 LOCK = ".lock"
+CACHE_VARIABLE = "ISTHMUS_CACHE"
 SPACE_FACTOR = 2.2  # a new copy beside the old one, and room for logs
 OWNER_WAIT = 0.5  # seconds in which the owner of a lock has written its name
 log = logging.getLogger(__name__)
@@ -64,10 +65,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(
+    path: Path, fill: Callable[[Path], None], sums: Mapping[str, str] | None = None
+) -> None:
     """Make folder `path` by `fill(temporary folder)`, seal, read again, and only then publish it.
 
     The manifest, a SHA-256 for each file, is written last: a folder without it is not complete.
+    A folder whose `sums` are known beforehand gets none, and is published only if it has them.
     An existing folder of that name is replaced only after the new one was verified.
     Raises OSError, or IsthmusError when the disk does not give back what was written.
     """
@@ -77,8 +81,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         _remove(partial)
         _make_folder(partial)
         fill(partial)
-        _seal(partial)
-        verify_folder(partial)
+        _seal(partial, with_manifest=sums is None)
+        verify_folder(partial, sums)
         _remove(replaced)
         if path.exists():
             _rename(path, replaced)
@@ -133,26 +137,29 @@ def discard(path: Path) -> None:
         log.warning("%s could not be removed: %s. Remove it by hand.", path, error.strerror)
 
 
-def verify_folder(path: Path) -> None:
+def verify_folder(path: Path, sums: Mapping[str, str] | None = None) -> None:
     """Raise IsthmusError unless `path` holds the files of its manifest, unchanged, and no others.
 
-    The manifest must be, byte by byte, as write_folder writes it.
+    The manifest must be, byte by byte, as write_folder writes it. A folder that is known beforehand
+    has `sums`, SHA-256 by file, in its place.
     """
     try:
         recover_folder(path)
-        sums = _read_manifest(path)
+        sums = _read_manifest(path) if sums is None else sums
         found = _files(path)
         found.pop(MANIFEST, None)
         if missing := sorted(sums.keys() - found):
             raise IsthmusError(f"{path} is incomplete: it lacks {', '.join(missing[:5])}.")
         if extra := sorted(found.keys() - sums):
             raise IsthmusError(
-                f"{path} is damaged: it holds {', '.join(extra[:5])} beside what its {MANIFEST} "
-                "names. What you put there yourself, move away."
+                f"{path} is damaged: it holds {', '.join(extra[:5])} beside what belongs there. "
+                "What you put there yourself, move away."
             )
         for name, file in found.items():
-            if _sha256(file) != sums[name]:
-                raise IsthmusError(f"{file} is damaged: its SHA-256 differs from {MANIFEST}.")
+            if (digest := file_sha256(file)) != sums[name]:
+                raise IsthmusError(
+                    f"{file} is damaged: its SHA-256 is {digest}, and should be {sums[name]}."
+                )
     except OSError as error:
         raise IsthmusError(
             f"{path} is incomplete: {error.filename or path} cannot be read: {error.strerror}."
@@ -188,17 +195,18 @@ def _manifest(sums: dict[str, str]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, *, with_manifest: bool) -> None:
     """Make what `folder` holds durable, and write its manifest, last."""
     sums = {}
     for name, file in _files(folder).items():
         _operation("fsync", file)
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-        sums[name] = _sha256(file)
+        sums[name] = file_sha256(file)
         _forget(file)
-    write_file(folder / MANIFEST, _manifest(sums))
-    _forget(folder / MANIFEST)
+    if with_manifest:
+        write_file(folder / MANIFEST, _manifest(sums))
+        _forget(folder / MANIFEST)
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
         _sync_folder(inner)
     _sync_folder(folder)
@@ -210,7 +218,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -262,14 +270,21 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def require_space(folder: Path, num_bytes: int) -> None:
-    """Raise RetryLater unless there is room in `folder` to write `num_bytes` with ease."""
+def user_cache(kind: str) -> Path:
+    """Where what can be made again is kept, by its kind: $ISTHMUS_CACHE or the user's own cache."""
+    root = os.environ.get(CACHE_VARIABLE)
+    root = root or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/isthmus"
+    return Path(root).expanduser().absolute() / kind
+
+
+def require_space(folder: Path, num_bytes: int, factor: float = SPACE_FACTOR) -> None:
+    """Raise RetryLater unless `folder` has room for `factor` times `num_bytes`."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, needed = shutil.disk_usage(existing).free, int(SPACE_FACTOR * num_bytes)
+    free, needed = shutil.disk_usage(existing).free, int(factor * num_bytes)
     if free < needed:
         raise RetryLater(
             f"{folder} has {free / 1e6:,.1f} MB free, and {needed / 1e6:,.1f} MB are needed, "
-            f"{SPACE_FACTOR} times what is to be written. Free some space, then try again."
+            f"{factor} times what is to be written. Free some space, then try again."
         )
 
 
@@ -278,12 +293,13 @@ class FolderLock:
 
     The kernel holds the lock and releases it however the process ends; the file stays, and tells
     pid, host and start time of the last owner. It must not be deleted while the lock is held.
-    Entering raises RetryLater when another process owns the lock or the folder cannot be written,
-    IsthmusError on a system without fcntl.
+    Entering raises RetryLater when the folder cannot be written, or another process owns the lock
+    and we are not to `wait` for it; IsthmusError on a system without fcntl.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, wait: bool = False) -> None:
         self.file = folder / LOCK
+        self.wait = wait
         self._descriptor: int | None = None
 
     def __enter__(self) -> Self:
@@ -300,7 +316,7 @@ class FolderLock:
         except OSError as error:
             raise RetryLater(f"{self.file} cannot be written: {error.strerror}.") from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if self.wait else fcntl.LOCK_NB))
             _write_owner(descriptor)
         except BlockingIOError as error:
             os.close(descriptor)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.encoder import ConformerSettings, EncoderSettings
+from isthmus.model.encoder import ConformerSettings, Encoder, EncoderSettings
 from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import (
     CHAT_TEMPLATE,
@@ -25,7 +25,7 @@ from isthmus.model.llm import (
     LLMSettings,
     character_tokenizer,
 )
-from isthmus.model.parts import SHIPPED, PartSettings, Source, freeze, resolve, source
+from isthmus.model.parts import SHIPPED, PartSettings, Source, Tune, freeze, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.qformer import QFormerSettings
@@ -37,6 +37,7 @@ from isthmus.recipe_settings import (
     CTCDataSettings,
     DecodeSettings,
     LoopSettings,
+    Precision,
     SpeechDataSettings,
     SpeechTrainSettings,
     TrainSettings,
@@ -90,11 +91,9 @@ class Recipe(Experiment):
 
     def build(self) -> SpeechLLM:
         """The model: pretrained parts loaded, the projector random (torch's generator)."""
-        encoder = self.encoder.build()
+        encoder = self.build_encoder()
         self.projector.check(encoder, self.encoder)
         llm = self.build_llm()
-        if self.train.precision == "bfloat16" and self.encoder.tune == "frozen":
-            encoder.store(torch.bfloat16)
         model = SpeechLLM(
             encoder,
             self.projector.build(encoder, llm),
@@ -105,17 +104,30 @@ class Recipe(Experiment):
         encoder.spec_augment = self.data.spec_augment
         return model
 
+    def build_encoder(self) -> Encoder:
+        """The encoder alone, its weights as training holds them."""
+        encoder = self.encoder.build()
+        encoder.store(getattr(torch, self.held(self.encoder.tune)))
+        return encoder
+
     def build_llm(self) -> LLM:
         """The language model alone, its weights as training holds them."""
-        llm = self.llm.build()
+        settings = self.llm
+        if settings.dtype == "auto":
+            settings = settings.model_copy(update={"dtype": self.held(settings.tune)})
+        llm = settings.build()
         if self.llm.tune == "frozen":
             freeze(llm)
-        narrow = self.train.precision == "bfloat16" and self.llm.dtype == "auto"
-        if narrow and self.llm.tune != "full":
-            llm.store(torch.bfloat16)
         if self.llm.quantise != "none":
             quantise(llm.network, self.llm.quantise)
         return llm
+
+    def held(self, tune: Tune) -> Precision:
+        """What the weights of a part are held in, whatever its files have.
+
+        Small steps get lost in half precision, so a part that is trained whole has float32.
+        """
+        return "float32" if tune == "full" else self.train.precision
 
     @field_validator("projector", mode="before")
     @classmethod

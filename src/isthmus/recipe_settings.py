@@ -11,6 +11,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.parts import PartSettings
 from isthmus.speech.augment import Augmentation, SpecAugment
 
+Precision = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_LANGUAGE = "default"  # stands for those that a mapping by language does not name
 
@@ -55,7 +56,7 @@ class DataSettings(PartSettings):
 class SpeechDataSettings(DataSettings):
     """The same for a model with a frozen encoder, whose frames can be kept."""
 
-    feature_cache: Literal["none", "bfloat16", "float32"] = "none"
+    feature_cache: Precision | Literal["none"] = "none"
     """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
     spec_augment: SpecAugment | None = None
     """On log-mel features, in training only: for a Conformer that is trained too."""
@@ -81,8 +82,8 @@ class LoopSettings(PartSettings):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products in it; frozen weights are held in it, trained ones in float32."""
+    precision: Precision = "float32"
+    """Of products and frozen weights, whatever the files have; trained weights are in float32."""
     accumulate: int = Field(1, ge=1)
     """Batches of an optimiser step (of each process, where there are several)."""
     workers: int | None = Field(None, ge=0)
@@ -198,7 +199,18 @@ class SpeechTrainSettings(TrainSettings):
         return self.text_masking.get(language, self.text_masking.get(DEFAULT_LANGUAGE, 0.0))
 
 
-class DecodeSettings(PartSettings):
+class RecogniserSettings(PartSettings):
+    """How audio comes to what recognises it."""
+
+    batch_size: int = Field(8, ge=1)
+    """Utterances decoded together; has no influence on the text."""
+    gate: Literal["auto", "silero", "energy", "none"] = "auto"
+    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
+    chunk_seconds: float = Field(30.0, ge=2)
+    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
+
+
+class DecodeSettings(RecogniserSettings):
     """How transcripts are searched for."""
 
     beam_size: int = Field(4, ge=1)
@@ -209,18 +221,12 @@ class DecodeSettings(PartSettings):
     """A transcript has at most this many tokens a second of audio, and ..."""
     extra_tokens: int = Field(20, ge=1)
     """... this many more."""
-    batch_size: int = Field(8, ge=1)
-    """Utterances decoded together; has no influence on the text."""
     early_stopping: bool = False
     """Stop as soon as there are `beam_size` finished hypotheses."""
     drafts: bool = True
     """With beam_size 1: the encoder's CTC head, if it has one, writes what the LLM then checks."""
     strict: bool = False
     """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
-    gate: Literal["auto", "silero", "energy", "none"] = "auto"
-    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
-    chunk_seconds: float = Field(30.0, ge=2)
-    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
     deadline: float | None = Field(None, gt=0)
     """Seconds after which the search of a batch is broken off."""
     hotwords: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from torch import Tensor
 from isthmus.decoding import beam, steps
 from isthmus.decoding.beam import Hypothesis, SearchOptions, beam_search, likeliest, repetition
 from isthmus.decoding.steps import Steps
+from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
 
 END = 2
@@ -352,6 +353,11 @@ def test_longer_cycles_and_fewer_repeats_are_no_loops(
 def test_the_end_first(scripted: Callable[..., list[Hypothesis]]) -> None:
     for one in scripted(lambda text: END, 30):
         assert (one.finish_reason, one.tokens, len(one.log_probs)) == ("stop", [], 1)
+
+
+def test_logits_that_are_no_numbers(llm: LLM, prompts: list[Tensor]) -> None:
+    with pytest.raises(IsthmusError, match=r"NaN.*llm\.dtype"):
+        beam_search(llm, [prompts[0] * torch.nan], [5], [END])
 
 
 def test_no_way_to_go_on(llm: LLM, prompts: list[Tensor]) -> None:

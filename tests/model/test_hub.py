@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -22,28 +22,12 @@ from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLMSettings
 from isthmus.model.parts import resolve, source
 from tests.hub import TOKEN, StandInHub
+from tests.layouts import write_gguf, write_layout, write_sentencepiece
 
 ModelFolder = Callable[[str], Path]
 ENCODERS = ["whisper", "hubert-group", "hubert-layer", "wavlm-group", "wav2vec2-layer", "parakeet"]
 LLMS = ["llama", "phi", "bloom", "qwen2", "gpt-neox", "gemma"]
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInHub]:
-    """The only hub there is, and nothing downloaded from it yet."""
-    hub = StandInHub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    huggingface_hub.close_session()
-    with hub.running():
-        yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture
@@ -67,7 +51,10 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def cached_files(tmp_path: Path) -> set[str]:
-    return {file.name for file in (tmp_path / "cache").rglob("snapshots/*/*")}
+    """Downloaded files by their paths in the repository."""
+    (snapshot,) = (tmp_path / "cache").glob("*/snapshots/*")
+    files = [file for file in snapshot.rglob("*") if not file.is_dir()]
+    return {file.relative_to(snapshot).as_posix() for file in files}
 
 
 @pytest.mark.parametrize("name", ENCODERS)
@@ -105,25 +92,166 @@ def test_a_language_model_of_every_family(
     assert llm.tokenizer.decode(tokens[0]) == "what is heard"
 
 
-def test_only_what_is_read_is_downloaded(
+# What lies beside the weights in repositories of the flagships, and is not to be downloaded.
+SPARE = (
+    "original/consolidated.00.pth",
+    "consolidated.safetensors",
+    "model.fp32-00001-of-00002.safetensors",
+    "pytorch_model.fp32-00001-of-00002.bin",
+    "tf_model.h5",
+    "flax_model.msgpack",
+    "training_args.bin",
+    "modeling_own.py",
+    "onnx/model.onnx",
+    "ggml-model-q4_0.gguf",
+)
+WANTED = {
+    "safetensors": {"model.safetensors"},
+    "sharded-safetensors": {f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)},
+    "bin": {"pytorch_model.bin"},
+    "sharded-bin": {f"pytorch_model-0000{n}-of-00003.bin" for n in (1, 2, 3)},
+}
+
+
+def publish(hub: StandInHub, folder: Path, target: Path, layouts: Sequence[str]) -> str:
+    """A repository of a model as flagships' are: one or more layouts, and much besides."""
+    for layout in layouts:
+        written = write_layout(folder, target.parent / f"of-{layout}", layout)
+        shutil.copytree(written, target, dirs_exist_ok=True)
+    for name in SPARE:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        (target / name).write_bytes(b"not to be read")
+    for name in ("generation_config.json", "preprocessor_config.json"):
+        (target / name).unlink(missing_ok=True)
+    return hub.publish("someone/flagship", target)
+
+
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ["safetensors"],
+        ["sharded-safetensors"],
+        ["bin"],
+        ["sharded-bin"],
+        ["safetensors", "bin"],
+        ["sharded-safetensors", "sharded-bin"],
+    ],
+    ids="+".join,
+)
+def test_what_is_read_is_downloaded_and_nothing_else(
+    hub: StandInHub, model_folder: ModelFolder, tmp_path: Path, layouts: list[str]
+) -> None:
+    folder = model_folder("llama-tied")
+    publish(hub, folder, tmp_path / "published", layouts)
+    llm = LLMSettings(path="someone/flagship").build()
+    expected = LLMSettings(path=str(folder)).build().network.state_dict()
+    for name, value in llm.network.state_dict().items():
+        assert torch.equal(value, expected[name])
+    got = {name for name in cached_files(tmp_path) if not name.endswith((".json", ".jinja"))}
+    assert got == WANTED[layouts[0]]
+    asked = {request.rpartition("/")[2] for request in hub.requests}
+    assert got <= asked
+    assert not {name.rpartition("/")[2] for name in (*SPARE, "README.md")} & asked
+    before = hub.requests.total()
+    LLMSettings(path="someone/flagship").build()
+    assert hub.requests.total() - before <= 2  # whether `main` has moved; no file again
+
+
+@pytest.mark.parametrize("layout", ["sharded-safetensors", "sharded-bin"])
+def test_offline_with_shards(
+    hub: StandInHub,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    layout: str,
+) -> None:
+    commit = publish(hub, model_folder("llama"), tmp_path / "published", [layout])
+    LLMSettings(path="someone/flagship").build()
+    offline(monkeypatch)
+    asked = hub.requests.total()
+    LLMSettings(path="someone/flagship").build()
+    assert source("someone/flagship").commit == commit
+    assert hub.requests.total() == asked
+
+
+def test_a_tokenizer_of_sentencepiece_alone(
     hub: StandInHub, model_folder: ModelFolder, tmp_path: Path
 ) -> None:
+    """As Vicuna's: `tokenizer.model` and its settings, and pickles."""
+    pytest.importorskip("sentencepiece")
+    folder = tmp_path / "llm"
+    shutil.copytree(model_folder("llama"), folder)
+    count = write_sentencepiece(folder)
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    network.resize_token_embeddings(count)
+    network.save_pretrained(folder)
+    (folder / "tokenizer.json").unlink()
+    publish(hub, folder, tmp_path / "published", ["sharded-bin"])
+    tokenizer = LLMSettings(path="someone/flagship").build().tokenizer
+    assert len(tokenizer) == count
+    assert tokenizer.tokenize("the b\u00e9") == ["\u2581the", "\u2581", "b", "<0xC3>", "<0xA9>"]
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
+    assert "tokenizer.model" in cached_files(tmp_path)
+
+
+def test_a_repository_of_gguf_files(hub: StandInHub, tmp_path: Path) -> None:
+    pytest.importorskip("gguf")
     folder = tmp_path / "published"
-    folder.mkdir()
-    for file in model_folder("llama").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    torch.save({}, folder / "pytorch_model.bin")
-    (folder / "modeling_own.py").write_text("raise SystemExit('foreign code ran')")
+    (folder / "Q8").mkdir(parents=True)
+    write_gguf(folder / "Q8" / "tiny.gguf")
+    write_gguf(folder / "tiny-f32.gguf", quantise=False)
+    commit = hub.publish("someone/tiny-gguf", folder)
+    settings = LLMSettings(path="someone/tiny-gguf", gguf="Q8/tiny.gguf")
+    assert settings.build().rows == 258
+    assert cached_files(tmp_path) == {"Q8/tiny.gguf"}
+    (found,) = settings.sources().values()
+    digest = hashlib.sha256((folder / "Q8" / "tiny.gguf").read_bytes()).hexdigest()
+    assert (found.commit, found.sha256) == (commit, {"tiny.gguf": digest})
+    with pytest.raises(IsthmusError, match=r"someone/tiny-gguf has no file tiny\.gguf"):
+        LLMSettings(path="someone/tiny-gguf", gguf="tiny.gguf").build()
+
+
+def test_an_index_of_a_file_that_the_repository_lacks(
+    hub: StandInHub, model_folder: ModelFolder, tmp_path: Path
+) -> None:
+    folder = write_layout(model_folder("llama"), tmp_path / "published", "sharded-safetensors")
+    (folder / "model-00002-of-00003.safetensors").unlink()
     hub.publish("someone/llama", folder)
-    LLMSettings(path="someone/llama").build()
-    asked = {request.rpartition("/")[2] for request in hub.requests}
-    assert WEIGHTS in cached_files(tmp_path) & asked
-    assert not {"pytorch_model.bin", "modeling_own.py", "README.md"} & (
-        cached_files(tmp_path) | asked
-    )
-    before = hub.requests.total()
-    LLMSettings(path="someone/llama").build()
-    assert hub.requests.total() - before <= 2  # whether `main` has moved; no file again
+    with pytest.raises(IsthmusError, match=r"names 3 files, of which model-00002.* is not there"):
+        LLMSettings(path="someone/llama").build()
+
+
+@pytest.mark.parametrize("layout", ["bin", "safetensors"])
+def test_a_download_with_another_sum(
+    hub: StandInHub,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    hub.publish("someone/llama", write_layout(model_folder("llama"), tmp_path / "llm", layout))
+    weights = resolve("someone/llama") / WANTED[layout].copy().pop()
+    blob = weights.resolve()
+    content = bytearray(blob.read_bytes())
+    content[-300] ^= 1
+    blob.write_bytes(content)
+    with pytest.raises(IsthmusError, match=r"SHA-256.*Delete") as caught:
+        LLMSettings(path="someone/llama").sources()
+    assert str(blob) in str(caught.value)
+    blob.unlink()
+    assert source("someone/llama").sha256[weights.name] == blob.name
+
+
+def test_a_hub_that_never_answers(
+    hub: StandInHub, model_folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.3)
+    hub.publish("someone/llama", model_folder("llama"))
+    folder = resolve("someone/llama")
+    hub.silent.set()
+    assert resolve("someone/llama") == folder  # what is there is taken
+    with pytest.raises(IsthmusError, match=r"someone/other.*[Tt]imed? ?out.*again") as caught:
+        resolve("someone/other")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_pinned_revision_is_kept(
@@ -149,18 +277,6 @@ def test_a_pull_requests_weights(hub: StandInHub, model_folder: ModelFolder) -> 
     """Where the converter of the hub leaves safetensors of old models."""
     commit = hub.publish("someone/llama", model_folder("llama"), "refs/pr/3")
     assert source("someone/llama", "refs/pr/3").commit == commit
-
-
-def test_pickles_are_refused(hub: StandInHub, model_folder: ModelFolder, tmp_path: Path) -> None:
-    folder = tmp_path / "published"
-    folder.mkdir()
-    for file in model_folder("llama").glob("*.json"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    torch.save({}, folder / "pytorch_model.bin")
-    hub.publish("someone/llama", folder)
-    with pytest.raises(IsthmusError, match=r"no safetensors weights.*revision.*refs/pr/"):
-        LLMSettings(path="someone/llama").build()
-    assert "pytorch_model.bin" not in cached_files(tmp_path)
 
 
 def test_offline_with_a_filled_cache(
@@ -213,7 +329,7 @@ def test_a_download_that_stays_broken(
     with pytest.raises(IsthmusError, match=r"someone/llama.*again") as caught:
         LLMSettings(path="someone/llama").build()
     assert "\n" not in str(caught.value)
-    assert WEIGHTS not in cached_files(tmp_path)
+    assert not list((tmp_path / "cache").rglob(WEIGHTS))
     with monkeypatch.context() as patch:
         offline(patch)
         with pytest.raises(IsthmusError, match="someone/llama"):  # what is there is not taken

@@ -1,16 +1,21 @@
 """Language models of many families behind one class."""
 
-import logging
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model import llm as llm_module
 from isthmus.model.llm import LLM, LLMArchitecture, LLMSettings, character_tokenizer, save_llm
+from isthmus.model.projector import LinearProjectorSettings
+from isthmus.model.prompt import ChatPrompt, PaperPrompt
+from isthmus.model.speech_llm import SpeechLLM
 
 LoadLLM = Callable[..., LLM]
 
@@ -43,28 +48,6 @@ def test_end_tokens_are_those_of_prompt_and_model(load_llm: LoadLLM) -> None:
 def test_dtype(load_llm: LoadLLM, dtype: str) -> None:
     expected = torch.float32 if dtype == "auto" else torch.bfloat16
     assert load_llm("llama", dtype=dtype).dtype == expected
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_a_frozen_model_is_not_held_in_float16(
-    device: str,
-    stored: torch.dtype,
-    load_llm: LoadLLM,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    llm = load_llm("llama")
-    llm.network.to(stored).save_pretrained(tmp_path)
-    llm.tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(llm_module, "choose_device", lambda: torch.device(device))
-    held = torch.float32 if device == "cpu" else torch.bfloat16
-    with caplog.at_level(logging.INFO):
-        found = LLMSettings(path=str(tmp_path)).build().dtype
-    assert found == (held if stored == torch.float16 else stored)
-    assert ("float16, in which" in caplog.text) == (stored == torch.float16)
-    assert LLMSettings(path=str(tmp_path), dtype="float16").build().dtype == torch.float16
 
 
 def test_saved_in_half_precision_is_loaded_in_full(
@@ -123,10 +106,114 @@ def test_folder_without_tokenizer(model_folder: Callable[[str], Path], tmp_path:
     shutil.copytree(model_folder("llama"), folder)
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(IsthmusError, match="cannot be loaded"):
+    with pytest.raises(IsthmusError, match="cannot be loaded") as caught:
         LLMSettings(path=str(folder)).build()
+    assert "\n" not in str(caught.value)
 
 
-def test_folder_of_another_kind(model_folder: Callable[[str], Path]) -> None:
-    with pytest.raises(IsthmusError, match="cannot be loaded"):
-        LLMSettings(path=str(model_folder("wav2vec2-group"))).build()
+@pytest.mark.parametrize("name", ["gpt2", "qwen2", "gemma"])
+def test_a_tokenizer_without_its_files(
+    name: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """transformers makes one of the special tokens alone, and says nothing."""
+    shutil.copytree(model_folder(name), tmp_path / "llm")
+    for file in (tmp_path / "llm").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(IsthmusError, match=r"llm\.path.* entries and none for text"):
+        LLMSettings(path=str(tmp_path / "llm")).build()
+
+
+@pytest.mark.parametrize("name", ["wav2vec2-group", "whisper", "parakeet"])
+def test_folder_of_another_kind(name: str, model_folder: Callable[[str], Path]) -> None:
+    with pytest.raises(IsthmusError, match=r"llm\.path: .*no causal language model") as caught:
+        LLMSettings(path=str(model_folder(name))).build()
+    assert "\n" not in str(caught.value)
+
+
+def declare(folder: Path, target: Path, **changes: object) -> str:
+    """A copy of a model folder whose configuration says something else."""
+    shutil.copytree(folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | changes))
+    return str(target)
+
+
+@pytest.mark.parametrize(
+    ("declared", "fits"),
+    [
+        (["LlamaForCausalLM"], True),
+        (["LLaMAForCausalLM"], True),  # as the first conversions have it
+        (None, True),
+        ([], True),
+        (["LlamaForSequenceClassification"], False),
+        (["LlamaModel"], False),
+    ],
+)
+def test_what_a_model_says_it_is(
+    declared: list[str] | None, fits: bool, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    path = declare(model_folder("llama"), tmp_path / "llm", architectures=declared)
+    if fits:
+        assert LLMSettings(path=path).build().dim == 16
+    else:
+        with pytest.raises(IsthmusError, match=f"is a {(declared or [''])[0]}, no causal"):
+            LLMSettings(path=path).build()
+
+
+def with_tokens(folder: Path, target: Path, *tokens: AddedToken) -> LLMSettings:
+    """A copy of a model whose tokenizer has more tokens than its network has rows."""
+    shutil.copytree(folder, target)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(list(tokens))
+    tokenizer.save_pretrained(target)
+    return LLMSettings(path=str(target))
+
+
+def test_special_tokens_without_rows_matter_where_they_are_used(
+    model_folder: Callable[[str], Path], tmp_path: Path, encoder_settings: Callable[[str], Any]
+) -> None:
+    settings = with_tokens(
+        model_folder("llama"), tmp_path / "llm", AddedToken("<|audio|>", special=True)
+    )
+    llm = settings.build()
+    assert len(llm.tokenizer) == llm.rows + 1
+    encoder = encoder_settings("fbank").build()
+    projector = LinearProjectorSettings().build(encoder, llm)
+    SpeechLLM(encoder, projector, llm, PaperPrompt())
+    llm.tokenizer.chat_template = "<|audio|>" + llm.tokenizer.chat_template
+    with pytest.raises(IsthmusError, match=r"prompt\.template uses '<\|audio\|>'.*101 .* 100 rows"):
+        SpeechLLM(encoder, projector, llm, ChatPrompt())
+
+
+def test_ordinary_tokens_without_rows_are_refused(
+    model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = with_tokens(
+        model_folder("llama"), tmp_path / "llm", AddedToken("hello"), AddedToken("world")
+    )
+    with pytest.raises(IsthmusError, match=r"'hello', 'world'.*102 tokens, the model 100 rows"):
+        settings.build()
+
+
+def test_more_rows_than_tokens(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
+    """As models have it whose rows are a round number."""
+    network = AutoModelForCausalLM.from_pretrained(model_folder("llama"))
+    network.resize_token_embeddings(128)
+    shutil.copytree(model_folder("llama"), tmp_path / "llm")
+    network.save_pretrained(tmp_path / "llm")
+    llm = LLMSettings(path=str(tmp_path / "llm")).build()
+    assert (llm.rows, len(llm.tokenizer)) == (128, 100)
+
+
+def test_letters_that_cannot_be_spelt(load_llm: LoadLLM) -> None:
+    texts = ["käse über", "plain", "", "über"]
+    assert load_llm("llama").unspelt(texts) == (2, ["ä", "ü"])
+    assert load_llm("qwen2").unspelt(texts) == (0, [])  # it has all bytes
+
+
+def test_letters_known_within_words_alone(load_llm: LoadLLM) -> None:
+    llm = load_llm("llama")
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "go": 1, "left": 2}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    llm.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")
+    assert llm.unspelt(["go left", "go right"]) == (1, list("ghiort"))

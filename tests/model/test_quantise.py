@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -201,7 +201,7 @@ def test_adapters_are_trained_beside_quantised_weights(kind: Kind) -> None:
     def adapted() -> Any:
         network = llama()
         config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-        network.add_adapter(config)
+        inject_adapter_in_model(config, network)
         return network
 
     network, plain = adapted(), adapted()
@@ -216,7 +216,7 @@ def test_adapters_are_trained_beside_quantised_weights(kind: Kind) -> None:
 
 def test_frozen_adapters_keep_their_precision(kind: Kind) -> None:
     network = llama()
-    network.add_adapter(LoraConfig(r=16, target_modules=["q_proj"]))
+    inject_adapter_in_model(LoraConfig(r=16, target_modules=["q_proj"]), network)
     network.requires_grad_(False)
     quantise(network, kind)
     adapters = [value for name, value in network.named_parameters() if "lora_" in name]

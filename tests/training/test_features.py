@@ -453,7 +453,7 @@ def test_a_model_is_its_files(tmp_path: Path, encoder_settings: Callable[[str], 
 
 def test_where_folders_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path))
-    assert cache_folder(FLOAT32).parent == tmp_path
+    assert cache_folder(FLOAT32).parent == tmp_path / "features"
     monkeypatch.delenv("ISTHMUS_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache")
     assert cache_folder(FLOAT32).parent == Path("/var/cache/isthmus/features")

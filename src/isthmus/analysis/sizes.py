@@ -3,7 +3,6 @@
 The recipe itself builds it, on torch's meta device: sizes without weights.
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,21 +38,21 @@ def sized_model(recipe: Recipe, makers: Makers) -> Iterator[SpeechLLM]:
     not known offline.
     """
     plain = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"quantise": "none"})})
-    with on_meta(), _quiet(), TemporaryDirectory(prefix="isthmus-") as folder:
+    with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
         yield supposed(plain, Path(folder), makers).build()
 
 
 @contextmanager
 def sized_pretraining(recipe: CTCRecipe | LanguageRecipe, makers: Makers) -> Iterator[Pretrained]:
     """The same of a model that is trained alone."""
-    with on_meta(), _quiet(), TemporaryDirectory(prefix="isthmus-") as folder:
+    with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
         yield build_sized(supposed(recipe, Path(folder), makers), Path(folder) / "new")
 
 
 def preset_parameters(name: str) -> int:
     """Parameters of a known model as a part of a recipe; of encoders without their heads."""
     kind = str(PRESETS[name].config["model_type"])
-    with on_meta(), _quiet():
+    with on_meta():
         if PRESETS[name].kind == "llm":
             return parameters(LLMSettings(path=name).build())[0]
         part = {"type": "conformer" if kind.startswith("parakeet") else kind, "path": name}
@@ -156,15 +155,3 @@ def token_count(tokenizer: Any, texts: list[str]) -> float:
     return 1 + math.fsum(
         len(tokenizer.encode(text, add_special_tokens=False)) for text in texts
     ) / len(texts)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No word about the precisions and devices of weights that are not there."""
-    log = logging.getLogger("isthmus.model")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

@@ -351,6 +351,11 @@ def _notes(table: Table) -> Iterator[str]:
             if scores["left_out"]:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in scores["left_out"].items())
                 yield f"Left out of {test} in row {name}: {reasons}."
+            if scores["missing"]:
+                yield (
+                    f"Counted as deleted in {test}, row {name}: the words of {scores['missing']} "
+                    "recordings that could not be heard."
+                )
     made: dict[str, Cells] = {}
     for name, result in results.items():
         facts = {k: v for k, v in result["environment"].items() if isinstance(v, str)}

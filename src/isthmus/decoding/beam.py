@@ -23,6 +23,7 @@ from torch import Tensor
 
 from isthmus.decoding.steps import open_steps
 from isthmus.decoding.transcript import FinishReason
+from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM
 
 CYCLES = range(1, 21)  # lengths, in tokens, of what a hypothesis may not repeat ...
@@ -279,9 +280,17 @@ def _candidates(
 
 
 def likeliest(logits: Tensor, count: int, forbidden: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The `count` best of (..., V): their log-probabilities (..., count), and which they are."""
+    """The `count` best of (..., V): their log-probabilities (..., count), and which they are.
+
+    Raises IsthmusError for logits of NaN.
+    """
     logits = logits.float()
     total = logits.logsumexp(dim=-1, keepdim=True)
+    if total.isnan().any():
+        raise IsthmusError(
+            "The language model computes NaN, so that no text is likelier than another: its "
+            "numbers leave the range of its precision. Set llm.dtype: float32 in the recipe."
+        )
     # tokenizers may have tokens that the network does not
     if known := [token for token in forbidden if token < logits.shape[-1]]:
         logits = logits.index_fill(-1, torch.tensor(known, device=logits.device), -math.inf)

@@ -12,7 +12,6 @@ of an utterance, H heads of keys, D width of a head, E width of the LLM, V token
 
 import inspect
 import logging
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import DynamicLayer
 
+from isthmus.model.cache import CACHE, CopiedSteps, Steps, pad_left
 from isthmus.model.llm import LLM
 from isthmus.model.packing import Head, find_head
 
@@ -30,25 +30,6 @@ log = logging.getLogger(__name__)
 GROWTH = 128  # slots that the cache is enlarged by
 COLUMNS = 1024  # of the logits that are computed at once on a CPU
 ALIKE = 0.8  # prompts shorter than that share of the longest are read apart from it
-
-
-class Steps(ABC):
-    """The next-token logits of the hypotheses of N utterances."""
-
-    @abstractmethod
-    def prefill(self) -> Tensor:
-        """Logits (N, 1, V) after the prompts."""
-
-    @abstractmethod
-    def next(
-        self, rows: Sequence[int], parents: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
-    ) -> Tensor:
-        """Logits (N, K, V) after one more token of each hypothesis.
-
-        `rows` are the places of the utterances that go on, among those of the last step;
-        `parents` (N, K) the hypotheses of the last step that those of this one continue, with
-        `tokens` (N, K).
-        """
 
 
 def open_steps(llm: LLM, prompts: Sequence[Tensor], limit: int) -> Steps:
@@ -128,57 +109,12 @@ class MaskedSteps(Steps):
         )
 
     def _logits(self, keep: int, **inputs: Tensor | None) -> Tensor:
-        common: dict[str, Any] = {**inputs, "past_key_values": self.cache, "use_cache": True}
+        common: dict[str, Any] = {**inputs, CACHE: self.cache, "use_cache": True}
         if self.head is None:
             logits: Tensor = self.network(**common, logits_to_keep=keep).logits
             return logits
         hidden = cast(Any, self.network).base_model(**common).last_hidden_state
         return self.head(hidden[:, -keep:])
-
-
-class CopiedSteps(Steps):
-    """A row of the cache a hypothesis, the prompt in each."""
-
-    def __init__(self, network: nn.Module, prompts: Sequence[Tensor]):
-        self.network = network
-        self.embeddings, self.mask = pad_left(prompts, network)
-        self.width = 1
-        self.cache: Any = None  # the network's own kind
-        self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
-
-    def prefill(self) -> Tensor:
-        return self._forward(inputs_embeds=self.embeddings)[:, None]
-
-    def next(
-        self, rows: Sequence[int], parents: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
-    ) -> Tensor:
-        origins = [
-            row * self.width + parent
-            for row, own in zip(rows, parents, strict=True)
-            for parent in own
-        ]
-        self.width = len(tokens[0])
-        chosen = torch.tensor(origins, device=self.mask.device)
-        self.cache.reorder_cache(chosen)
-        self.mask = nn.functional.pad(self.mask[chosen], (0, 1), value=1)
-        found = torch.tensor(tokens, device=chosen.device).view(-1, 1)
-        return self._forward(input_ids=found).view(len(rows), self.width, -1)
-
-    def _forward(self, **inputs: Tensor) -> Tensor:
-        if self.takes_positions:
-            new = next(iter(inputs.values())).shape[1]
-            positions = self.mask.cumsum(dim=1) - 1
-            inputs["position_ids"] = positions[:, -new:].clamp_min(0)
-        output = self.network(
-            **inputs,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        self.cache = output.past_key_values
-        logits: Tensor = output.logits[:, -1]
-        return logits
 
 
 class _Slots(DynamicLayer):
@@ -286,16 +222,6 @@ def _enlarged(states: Tensor, room: int) -> Tensor:
     larger = states.new_empty(count, heads, room, width)
     larger[:, :, :length] = states
     return larger
-
-
-def pad_left(prompts: Sequence[Tensor], network: nn.Module) -> tuple[Tensor, Tensor]:
-    """Prompts (L, E) as (N, L, E) in the network's precision, and where they are (N, L), 1 or 0."""
-    longest = max(len(prompt) for prompt in prompts)
-    rows = [nn.functional.pad(p, (0, 0, longest - len(p), 0)) for p in prompts]
-    embeddings = torch.stack(rows).to(next(network.parameters()).dtype)
-    lengths = torch.tensor([len(prompt) for prompt in prompts])
-    mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
-    return embeddings, mask.to(embeddings.device)
 
 
 def window(network: nn.Module) -> float:

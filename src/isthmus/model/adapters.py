@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from isthmus.model.llm import LLM
-from isthmus.model.parts import no_bars
 
 
 def save_adapter(llm: LLM, folder: Path, base: str, revision: str | None = None) -> None:
@@ -14,13 +14,18 @@ def save_adapter(llm: LLM, folder: Path, base: str, revision: str | None = None)
 
     `base` and `revision` are the model they belong to, as its settings name it.
     """
+    from peft import get_peft_model_state_dict  # takes seconds to import
+
     network: Any = llm.network
-    config = network.peft_config[network.active_adapters()[0]]
-    config.task_type = "CAUSAL_LM"
-    config.inference_mode = True
+    (config,) = network.peft_config.values()
     config.base_model_name_or_path = None  # or else peft asks the hub for it
-    with no_bars():
-        network.save_pretrained(folder)
+    weights = get_peft_model_state_dict(network, save_embedding_layers=False)
+    save_file(
+        {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()},
+        folder / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
     config.base_model_name_or_path, config.revision = base, revision
     config.save_pretrained(folder)
 

@@ -96,12 +96,8 @@ class ConformerCTC(nn.Module):
 
     def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
         """Best path: repeats joined, blanks dropped."""
-        best = log_probs.argmax(dim=-1).tolist()
-        texts = []
-        for path, length in zip(best, num_frames.tolist(), strict=True):
-            units = [unit for unit, _ in itertools.groupby(path[:length]) if unit != self.blank]
-            texts.append(" ".join(str(self.tokenizer.decode(units)).split()))
-        return texts
+        paths = best_paths(log_probs, num_frames, self.blank)
+        return [" ".join(str(self.tokenizer.decode(units)).split()) for units in paths]
 
     def save(self, folder: Path) -> None:
         """Write the folder that `load` reads; weights in half precision, loaded as fp32 again."""
@@ -160,6 +156,15 @@ def initial_config(
         pad_token_id=tokenizer.pad_token_id,
         ctc_loss_reduction="sum",
     )
+
+
+def best_paths(log_probs: Tensor, num_frames: Tensor, blank: int) -> list[list[int]]:
+    """The units of each utterance's best path: repeats joined, blanks dropped."""
+    best = zip(log_probs.argmax(dim=-1).tolist(), num_frames.tolist(), strict=True)
+    return [
+        [unit for unit, _ in itertools.groupby(path[:length]) if unit != blank]
+        for path, length in best
+    ]
 
 
 def subsampled_length(encoder_config: Any, num_features: int) -> int:

@@ -73,7 +73,7 @@ class LogMel(nn.Module):
         previous = torch.cat([windows[..., :1], windows[..., :-1]], dim=2)
         windows = (windows - PREEMPHASIS * previous) * self.window
         power = torch.fft.rfft(windows, n=FFT_SAMPLES).abs().square()  # (B, T, 257)
-        with full_precision(power.device):
+        with without_autocast(power.device):
             mels = power @ self.filters  # (B, T, F)
         features = mels.clamp_min(torch.finfo(torch.float32).eps).log()
         lengths = [self.output_length(n) for n in num_samples.tolist()]
@@ -92,8 +92,8 @@ class LogMel(nn.Module):
         return relative * (4.0 / span) + 2.0
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast: front ends lose digits in bfloat16, and those of transformers fail."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Everything in the precision it is in: front ends lose digits in bfloat16, or even fail."""
     return torch.autocast(device.type, enabled=False)
 
 

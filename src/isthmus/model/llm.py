@@ -1,12 +1,12 @@
 """The language model: any causal model of transformers, frozen, with LoRA, or trained whole."""
 
-import logging
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -16,21 +16,25 @@ from transformers import (
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
 from isthmus.errors import IsthmusError
+from isthmus.files import read_json
 from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
+    Source,
     Tune,
-    choose_device,
     load_network,
     load_tokenizer,
     resolve,
     save_half,
+    source,
 )
+from isthmus.model.prompt import plain_tokens, special_tokens
 
-log = logging.getLogger(__name__)
+CAUSAL = ("forcausallm", "lmheadmodel")  # how classes of causal language models are called
 
 
 class LoraSettings(PartSettings):
@@ -45,25 +49,50 @@ class LoraSettings(PartSettings):
 class LLMSettings(PretrainedSettings):
     """Any causal language model by Hugging Face name or folder."""
 
+    gguf: str | None = None
+    """The GGUF file to take of the repository or folder; `path` may also name such a file."""
     tune: Tune = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto is the model's own, but not float16 in a frozen model."""
+    """Precision of the weights; auto is what the training has, and without one the files' own."""
     quantise: Literal["none", "int8", "int4", "fp8"] = "none"
     """Frozen weights in 8 or 4 bits, or products of float8 numbers (GPUs since Ada)."""
     lora: LoraSettings = LoraSettings()
     """Used with `tune: lora`."""
 
+    @model_validator(mode="after")
+    def _one_file(self) -> "LLMSettings":
+        if self.gguf is not None and self.path.endswith(".gguf"):
+            raise ValueError("path names a GGUF file already: leave out gguf, or name its folder")
+        return self
+
     def build(self) -> "LLM":
         if self.tune != "lora" and self.lora != LoraSettings():
             warnings.warn(f"llm.lora is ignored with tune: {self.tune}.", stacklevel=2)
-        folder = resolve(self.path, self.revision)
-        network = load_network(AutoModelForCausalLM, folder, self.path, self.dtype)
-        if self.dtype == "auto" and self.tune != "full" and network.dtype == torch.float16:
-            _leave_float16(network, self.path)
-        tokenizer = load_tokenizer(folder, self.path)
+        place = resolve(*self._files)
+        _require_causal(place, self.path)
+        network = load_network(AutoModelForCausalLM, place, self.path, self.dtype)
+        tokenizer = load_tokenizer(place, self.path)
         if self.tune == "lora":
             _add_lora(network, self.lora)
-        return LLM(network, tokenizer)
+        llm = LLM(network, tokenizer)
+        _require_tokens(llm, self.path)
+        return llm
+
+    def sources(self) -> dict[str, Source]:
+        return {"": source(*self._files)}
+
+    @property
+    def _files(self) -> tuple[str, str | None, str | None]:
+        """Model, revision and GGUF file, whichever way the latter is named."""
+        if not self.path.endswith(".gguf"):
+            return self.path, self.revision, self.gguf
+        file = Path(self.path).expanduser()
+        if not file.is_file():
+            raise IsthmusError(
+                f"llm.path: there is no file {file}. For one of the hub, set llm.path to its "
+                "repository and llm.gguf to the file."
+            )
+        return str(file.parent), None, file.name
 
 
 class LLM(nn.Module):
@@ -107,6 +136,31 @@ class LLM(nn.Module):
         parts = [self.embed(some).float().sum(dim=0) for some in rows.split(8192)]
         return torch.stack(parts).sum(dim=0) / len(rows)
 
+    @property
+    def rows(self) -> int:
+        """Tokens that the network has embeddings of, which may be more than the tokenizer's."""
+        return self._embedding.num_embeddings
+
+    def require_rows(self, tokens: Sequence[int], where: str) -> None:
+        """Raise IsthmusError for tokens that the network has no embeddings of."""
+        if lacking := sorted({token for token in tokens if token >= self.rows}):
+            names = ", ".join(map(repr, self.tokenizer.convert_ids_to_tokens(lacking[:3])))
+            raise IsthmusError(
+                f"{where} uses {names}, of which the language model has no embedding: its "
+                f"tokenizer has {len(self.tokenizer)} tokens, the model {self.rows} rows. Take the "
+                "tokenizer that belongs to it, or add rows with resize_token_embeddings()."
+            )
+
+    def unspelt(self, texts: Sequence[str]) -> tuple[int, list[str]]:
+        """How many of the texts the tokenizer cannot spell, and the letters that it cannot."""
+        unknown, tokenizer = self.tokenizer.unk_token_id, self.tokenizer
+        if unknown is None:
+            return 0, []
+        letters = {one for one in set("".join(texts)) if unknown in plain_tokens(tokenizer, one)}
+        # a letter may be known within a word alone
+        bad = [t for t in texts if letters & set(t) and unknown in plain_tokens(tokenizer, t)]
+        return len(bad), sorted(letters & set("".join(bad)))
+
     def store(self, dtype: torch.dtype) -> None:
         """Hold the weights in another precision."""
         cast(nn.Module, self.network).to(dtype)
@@ -127,22 +181,37 @@ class LLM(nn.Module):
         return logits.float()
 
 
-def _leave_float16(network: Any, path: str) -> None:
-    """Gradients that pass through a frozen model must not leave the range of its numbers."""
-    device = choose_device().type
-    network.to(torch.float32 if device == "cpu" else torch.bfloat16)
-    log.info(
-        "%s is stored in float16, in which the projector's gradients would over- and underflow: "
-        "on %s it is held in %s. Set llm.dtype to choose.",
-        path,
-        device,
-        str(network.dtype).removeprefix("torch."),
-    )
+def _require_causal(place: Path, path: str) -> None:
+    """Raise IsthmusError for a model folder that says it is something else than a causal LM."""
+    if place.is_file():
+        return  # a GGUF file is tried
+    config = read_json(place / "config.json")
+    fits = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"))
+    declared = config.get("architectures") or [fits]
+    known = any(str(one).lower().endswith(CAUSAL) or one == fits for one in declared)
+    if fits is None or config.get("is_encoder_decoder") or not known:
+        what = declared[0] or f"{config.get('model_type')!r} model"
+        raise IsthmusError(
+            f"llm.path: {path} is a {what}, no causal language model, which goes on with a text. "
+            "Name one that is; an encoder of speech stands in encoder.path."
+        )
+
+
+def _require_tokens(llm: "LLM", path: str) -> None:
+    """Raise IsthmusError unless the tokenizer can write, with tokens that the network has."""
+    tokenizer, special = llm.tokenizer, special_tokens(llm.tokenizer)
+    if len(tokenizer) <= len(special):
+        raise IsthmusError(
+            f"llm.path: the tokenizer of {path} has {len(tokenizer)} entries and none for text: "
+            "its files are missing (tokenizer.json, tokenizer.model or vocab.json): download them."
+        )
+    vocabulary = tokenizer.get_vocab() if len(tokenizer) > llm.rows else {}
+    llm.require_rows([number for number in vocabulary.values() if number not in special], path)
 
 
 def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:
     """Adapters into the layers of `network`; nothing else of it stays trainable."""
-    from peft import LoraConfig  # takes seconds to import
+    from peft import LoraConfig, inject_adapter_in_model  # takes seconds to import
 
     config = LoraConfig(
         r=settings.rank,
@@ -161,7 +230,7 @@ def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:
             f"llm.lora.targets: the model has no layers {', '.join(sorted(unknown))}. Its linear "
             f"layers are {', '.join(sorted(linear))}."
         )
-    network.add_adapter(config)
+    inject_adapter_in_model(config, network)  # the network's own way asks for a newer peft
 
 
 class LLMArchitecture(PartSettings):

@@ -1,28 +1,38 @@
 """Where a model's files come from: a local folder, the Hugging Face hub, or this package.
 
-Only configuration, tokenizer and safetensors files are ever read: no pickles, no remote code.
+Only configuration, tokenizer and weights are ever read: no remote code.
 """
 
-import hashlib
 import json
-import os
 import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.model.fetch import FETCHED, part_folder
+from isthmus.model.hub import DESCRIBING, download, download_model
+from isthmus.model.weights import (
+    PICKLED,
+    SAFE,
+    arguments,
+    copied_sums,
+    one_line,
+    require_finite,
+    sha256,
+    weight_files,
+    weights_arguments,
+)
 
 Tune = Literal["frozen", "lora", "full"]
 
@@ -32,8 +42,6 @@ SHIPPED = {
     "isthmus/tiny-llama": ASSETS / "tiny-llama",
     "isthmus/tiny-llama-chat": ASSETS / "tiny-llama-chat",
 }
-READ_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 SPARE_WEIGHTS = {"masked_spec_embed"}  # of wav2vec 2.0 and its kin, for their own pretraining only
 
 
@@ -64,7 +72,8 @@ class PretrainedSettings(PartSettings):
     """A part that is loaded from a folder or a Hugging Face repository."""
 
     path: str
-    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`)."""
+    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`) or
+    fetched by it (`isthmus/whisper-base`)."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face repository."""
 
@@ -83,98 +92,72 @@ class Source:
     name: str
     commit: str | None
     sha256: dict[str, str]  # file -> checksum
+    converted: dict[str, str] = field(default_factory=dict, compare=False)
+    """Of the safetensors that pickled files were turned into, where they were."""
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "converted" or value}
 
 
-def resolve(path: str, revision: str | None = None) -> Path:
-    """Folder with the files of model `path`, downloaded if it is a Hugging Face name.
+def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> Path:
+    """Folder of model `path`, or its file `gguf`; downloaded if it is a Hugging Face name.
 
     `revision` is a branch, a tag or the commit of a Source; folders and shipped models have none.
 
-    Raises IsthmusError when the folder holds no configuration or no safetensors weights.
+    Raises IsthmusError when there is no such file, or no configuration or weights in the folder.
     """
     planned = _planned.get()
     if path in SHIPPED:
         folder = SHIPPED[path]
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
+    elif path.startswith("isthmus/") and path not in FETCHED:
+        known = [*SHIPPED, *FETCHED]
+        raise IsthmusError(
+            f"Unknown model {path!r} of isthmus.{suggest(path, known)} Known: {', '.join(known)}."
+        )
     elif planned:
         return _planned_folder(planned, path)
+    elif path in FETCHED:
+        folder = part_folder(FETCHED[path])
+    elif gguf:
+        folder = download(path, revision, [gguf])
     else:
-        folder = download(path, revision, READ_FILES)
+        folder = download_model(path, revision)
+    if gguf:
+        if not (folder / gguf).is_file():
+            raise IsthmusError(f"{path} has no file {gguf}. Correct the name.")
+        return folder / gguf
     if not (folder / "config.json").is_file():
         raise IsthmusError(
             f"{path}: the model folder {folder} has no config.json. Give a folder written by "
             "save_pretrained(), or a Hugging Face name."
         )
-    if not planned and not any(folder.glob("*.safetensors")):
-        pickled = sorted(file.name for kind in PICKLED for file in folder.glob(kind))
-        found = (
-            f" It has {pickled[0]}, but pickles can run code and are not read." if pickled else ""
-        )
+    if not planned and not weight_files(folder, path):
         raise IsthmusError(
-            f"{path}: the model folder {folder} has no safetensors weights.{found} Load it with "
-            "transformers and write it again with save_pretrained(), which makes safetensors; or "
-            "set a revision that has them: on the hub, converters leave them in refs/pr/1 and on."
+            f"{path}: the model folder {folder} has no weights: neither {SAFE} nor {PICKLED}, nor "
+            "an index of several such files. Load it with what it was written by, and write it "
+            "again with save_pretrained()."
         )
     return folder
 
 
-def download(path: str, revision: str | None, patterns: list[str]) -> Path:
-    """The files of a Hugging Face repository that match `patterns`, in a folder of its cache."""
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+|[\w.-]+", path) or path.startswith("."):
-        raise IsthmusError(f"{path}: no such folder, and not a Hugging Face name.")
-    if path.startswith("isthmus/"):
-        known = f"Shipped: {', '.join(SHIPPED)}."
-        raise IsthmusError(f"Unknown shipped model {path!r}.{suggest(path, SHIPPED)} {known}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub client raises many unrelated kinds
-        at = f" at revision {revision!r}" if revision else ""
-        reason = str(error).partition("\n")[0].rstrip(".")
-        raise IsthmusError(
-            f"{path}{at}: neither a local folder nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). {_remedy(error, path)}"
-        ) from error
-
-
-def _remedy(error: Exception, path: str) -> str:
-    """What to do when the hub does not give model `path`."""
-    from huggingface_hub import constants, errors
-
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    match error:
-        case errors.GatedRepoError():
-            page = f"{constants.ENDPOINT}/{path}"
-            return f"It is gated: accept its terms at {page}, then {log_in}."
-        case errors.RepositoryNotFoundError():
-            return f"Correct the name; if the repository is private, {log_in}."
-        case errors.RevisionNotFoundError():
-            return "There is no such revision: correct it, or leave it out."
-    if constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set, and the cache lacks files of it: unset it, or give a folder."
-    return "Check the name and the connection and try again, or download it to a folder."
-
-
-def source(path: str, revision: str | None = None) -> Source:
+def source(path: str, revision: str | None = None, gguf: str | None = None) -> Source:
     """Name, commit and checksums of all files of model `path` that can change what it does."""
-    folder = resolve(path, revision)
-    files = sorted({file for kind in READ_FILES for file in folder.glob(kind) if file.is_file()})
-    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else None
-    return Source(path, commit, {file.name: sha256(file) for file in files})
-
-
-def sha256(file: Path) -> str:
-    """Checksum of a file; one of the hub's cache already bears it as the name of its blob."""
-    blob = Path(os.path.realpath(file)).name
-    if re.fullmatch(r"[0-9a-f]{64}", blob):
-        return blob
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    place = resolve(path, revision, gguf)
+    weights, others = [place], []
+    if place.is_dir():
+        weights = weight_files(place, path)
+        others = [file for kind in DESCRIBING for file in place.glob(kind) if file.is_file()]
+    sums = {file.name: sha256(file) for file in sorted({*others, *weights})}
+    commits = (part for part in place.parts if re.fullmatch(r"[0-9a-f]{40}", part))
+    pickled = any(file.suffix == ".bin" for file in weights)
+    return Source(
+        f"{path}/{gguf}" if gguf else path,
+        next(commits, None),
+        sums,
+        copied_sums(weights) if pickled else {},
+    )
 
 
 @contextmanager
@@ -213,48 +196,46 @@ def model_type(folder: Path) -> str:
     return str(config.get("model_type", ""))
 
 
-def load_network(auto: Any, folder: Path, path: str, dtype: str = "auto") -> Any:
-    """The network in `folder` by an Auto class of transformers, with all its weights from there.
+def load_network(auto: Any, place: Path, path: str, dtype: str = "auto") -> Any:
+    """The network in a folder or GGUF file by an Auto class of transformers, all its weights there.
 
     Raises IsthmusError, also for weights that the folder lacks: transformers would go on with
     random numbers in their place.
     """
     if _planned.get():
-        return _sized_network(auto, folder, path, dtype)
-    with loading(path):
+        return _sized_network(auto, place, path, dtype)
+    weights = weights_arguments(place, path)
+    with loading(path, place):
         network, info = auto.from_pretrained(
-            folder,
-            use_safetensors=True,
-            trust_remote_code=False,
-            dtype=dtype,
-            output_loading_info=True,
+            **weights, trust_remote_code=False, dtype=dtype, output_loading_info=True
         )
     missing = {name for name in info["missing_keys"] if name.split(".")[-1] not in SPARE_WEIGHTS}
     if missing:
         raise IsthmusError(
-            f"{path}: {folder} lacks {len(missing)} weights of a {type(network).__name__}, such as "
+            f"{path}: {place} lacks {len(missing)} weights of a {type(network).__name__}, such as "
             f"{min(missing)}. Download or write it again."
         )
+    require_finite(network.state_dict().items(), path)
     return network
 
 
-def _sized_network(auto: Any, folder: Path, path: str, dtype: str) -> Any:
+def _sized_network(auto: Any, place: Path, path: str, dtype: str) -> Any:
     """What load_network gives, on the meta device: no weight is read or made up."""
-    with loading(path), torch.device("meta"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with loading(path, place), torch.device("meta"):
+        config = AutoConfig.from_pretrained(**arguments(place), trust_remote_code=False)
         number = config.dtype if dtype == "auto" else getattr(torch, dtype)
         return auto.from_config(config, dtype=number, trust_remote_code=False)
 
 
-def load_tokenizer(folder: Path, path: str) -> Any:
+def load_tokenizer(place: Path, path: str) -> Any:
     """The tokenizer of a language model, or what stands in for it in a plan.
 
     Raises IsthmusError.
     """
-    stands_in = _planned.get() == folder.parent
+    stands_in = _planned.get() == place.parent
     auto: Any = PreTrainedTokenizerFast if stands_in else AutoTokenizer
-    with loading(path):
-        return auto.from_pretrained(folder, trust_remote_code=False)
+    with loading(path, place):
+        return auto.from_pretrained(**arguments(place), trust_remote_code=False)
 
 
 def save_half(network: Any, folder: Path) -> None:
@@ -280,16 +261,20 @@ def no_bars() -> Iterator[None]:
 
 
 @contextmanager
-def loading(path: str) -> Iterator[None]:
-    """Turns what transformers says of a folder that cannot be loaded into an IsthmusError.
+def loading(path: str, place: Path | None = None) -> Iterator[None]:
+    """Turns what libraries say of files that cannot be loaded into an IsthmusError.
 
-    Its progress bars are off meanwhile: downloading is done, and reading takes seconds.
+    Their progress bars are off meanwhile: downloading is done, and reading takes seconds.
     """
     try:
         with no_bars():
             yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise IsthmusError(f"{path} cannot be loaded: {error}") from error
+    except IsthmusError:
+        raise
+    except Exception as error:  # what is damaged may raise anything
+        gguf = place is not None and place.is_file()
+        hint = " It is damaged, or of a kind that transformers does not read." if gguf else ""
+        raise IsthmusError(f"{path} cannot be loaded: {one_line(error)}.{hint}") from error
 
 
 def freeze(module: nn.Module) -> None:

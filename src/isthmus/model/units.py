@@ -19,8 +19,9 @@ from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
 from isthmus.model.encoder import Encoder, EncoderSettings
 from isthmus.model.llm import LLM
-from isthmus.model.parts import Source, sha256
+from isthmus.model.parts import Source
 from isthmus.model.projector_base import Projector, ProjectorBase
+from isthmus.model.weights import sha256
 
 METADATA = "units"  # under which a file says what it is of, as JSON
 SAMPLE = 8192  # embeddings of the LLM that statistics are taken of, at least

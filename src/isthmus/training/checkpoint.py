@@ -25,6 +25,7 @@ from isthmus.files import (
     write_file,
     write_folder,
 )
+from isthmus.model.weights import require_finite
 
 WEIGHTS = "trainable.safetensors"
 OPTIMISER = "optimiser.safetensors"
@@ -120,6 +121,7 @@ def load_weights(folder: Path, state: Mapping[str, Tensor]) -> Progress:
                 f"{folder}: {name} has shape {tuple(stored[name].shape)}, the model's is "
                 f"{tuple(value.shape)}. The checkpoint belongs to another recipe."
             )
+    require_finite(stored.items(), str(folder))
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(stored[name])

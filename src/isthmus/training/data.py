@@ -10,6 +10,7 @@ from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
+from isthmus.model.llm import LLM
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.recipe import CTCRecipe, Recipe
@@ -43,6 +44,8 @@ def speech_data(
     if isinstance(recipe, Recipe) and isinstance(recipe.train.text_masking, dict):
         masked = recipe.train.text_masking.keys() - {DEFAULT_LANGUAGE}
         check_spoken("train.text_masking", sorted(masked), cuts, "data.train")
+    if isinstance(model, SpeechLLM):
+        _warn_of_unspelt(model.llm, cuts)
     train = SpeechData(
         cuts,
         seed=recipe.seed,
@@ -76,6 +79,22 @@ def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> 
     cache = FeatureCache(cache_folder(description), description, strict=strict)
     log.info("feature cache: %s", cache.folder)
     return cache
+
+
+def _warn_of_unspelt(llm: LLM, cuts: Sequence[Cut]) -> None:
+    """Say which transcripts teach the language model to write its unknown token."""
+    bad, letters = llm.unspelt([transcript(cut) for cut in cuts])
+    if bad:
+        log.warning(
+            "data.train: the LLM's tokenizer cannot spell %s, which %.1f %% of the transcripts "
+            "have (%d of %d): there it learns to write %s. Leave these out, spell them otherwise, "
+            "or take another LLM.",
+            " ".join(letters[:20]) + (" ..." if len(letters) > 20 else ""),
+            100 * bad / len(cuts),
+            bad,
+            len(cuts),
+            llm.tokenizer.unk_token,
+        )
 
 
 def positions_of(model: SpeechLLM, augmentation: Augmentation | None = None) -> Positions:

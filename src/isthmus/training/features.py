@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lhotse import MonoCut
@@ -31,16 +31,14 @@ from pydantic import NonNegativeInt, TypeAdapter
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.files import read_json, write_atomic
+from isthmus.files import CACHE_VARIABLE, read_json, user_cache, write_atomic
 from isthmus.model.encoder import EncoderSettings
+from isthmus.recipe_settings import Precision
 from isthmus.speech.corpora import load_cut
 
 FRONT_END_VERSION = 1  # raise it whenever the code that turns audio into frames changes
 SHARD_BYTES = 1_000_000_000
 DESCRIPTION = "encoder.json"
-CACHE_VARIABLE = "ISTHMUS_CACHE"
-
-Precision = Literal["bfloat16", "float32"]
 
 log = logging.getLogger(__name__)
 
@@ -78,12 +76,8 @@ def encoder_description(
 
 
 def cache_folder(description: Mapping[str, Any]) -> Path:
-    """Where the frames of an encoder are kept, below $ISTHMUS_CACHE or the user's own cache."""
-    root = os.environ.get(CACHE_VARIABLE)
-    if not root:
-        root = f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/isthmus/features"
-    name = f"{description['encoder']['type']}-{_digest(description)[:16]}"
-    return Path(root).expanduser().absolute() / name
+    """Where the frames of an encoder are kept, in the user's cache."""
+    return user_cache("features") / f"{description['encoder']['type']}-{_digest(description)[:16]}"
 
 
 def utterance_key(cut: Cut) -> str:

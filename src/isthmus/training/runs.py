@@ -20,6 +20,7 @@ import torch
 
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, recover_folder, write_atomic, write_folder
+from isthmus.model.cache import require_cache
 from isthmus.model.llm import save_llm
 from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
@@ -31,7 +32,7 @@ from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import Verification
-from isthmus.training.folder import ENVIRONMENT, RECIPE, check_run, versions
+from isthmus.training.folder import ENVIRONMENT, MODEL, RECIPE, check_run, versions
 from isthmus.training.language import LanguageTask
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
@@ -41,7 +42,6 @@ from isthmus.training.spelling import UNITS, keep_units, run_units
 PARTS = "parts.json"
 DATA = "data.json"
 CHANGES = "changes.jsonl"
-MODEL = "model"
 TENSORBOARD = "tensorboard"
 WRITTEN = {RECIPE, PARTS, DATA, ENVIRONMENT, CHANGES, METRICS, BEST, CHECKPOINTS, MODEL}
 WRITTEN |= {TENSORBOARD, UNITS}
@@ -268,6 +268,7 @@ def train(
         pinned = _as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
         place(model, recipe.train, ranks)
+        require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
