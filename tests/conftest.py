@@ -1,5 +1,6 @@
 """Tiny random models, written as the Hugging Face hub holds them."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -137,6 +138,7 @@ Writer = Callable[[Path], None]
 ENCODERS: dict[str, tuple[Writer | None, dict[str, Any]]] = {
     "fbank": (None, {"type": "fbank"}),
     "whisper": (write_whisper, {"type": "whisper"}),
+    "whisper-kept": (write_whisper, {"type": "whisper", "keep_padding": True}),
     "whisper-unpadded": (write_whisper, {"type": "whisper", "pad_to_30s": False}),
     "conformer": (write_conformer, {"type": "conformer"}),
     "parakeet": (write_parakeet, {"type": "conformer"}),
@@ -315,6 +317,7 @@ def isthmus(
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        gc.unfreeze()  # a command has its process to itself, but for here
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -15,7 +15,7 @@ import soundfile
 from typer.main import get_command
 
 from isthmus.cli import app
-from isthmus.decoding.transcriber import Result
+from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript
 from isthmus.quickstart import quickstart_recipe
 from isthmus.recipe_settings import DecodeSettings
@@ -334,10 +334,10 @@ def test_files_that_are_written_are_named_but_not_with_json(
     class Transcriber:
         settings = DecodeSettings()
 
-        def results(self, audio: list[str], **options: object) -> Iterator[Result[Transcript]]:
+        def results(self, audio: list[str], **options: object) -> Iterator[Result]:
             yield Result(0, Transcript((Segment(0.0, 1.0, "one"),), 1.0))
 
-    monkeypatch.setattr("isthmus.decoding.transcriber.load", lambda *a, **b: Transcriber())
+    monkeypatch.setattr("isthmus.decoding.systems.load_system", lambda *a, **b: Transcriber())
     monkeypatch.chdir(tmp_path)
     soundfile.write("a.wav", np.zeros(16000), 16000)
     assert isthmus("transcribe", "a.wav", "-f", "txt") == (0, "", "a.txt\n")

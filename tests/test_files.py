@@ -1,6 +1,7 @@
 """Durable writes: the old or the new, whole; what is not whole is known to be not; one writer."""
 
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -175,7 +176,7 @@ def test_without_reading_again_the_only_copy_would_be_lost(
     folder = tmp_path / "best"
     write_folder(folder, fill)
     with watched(spoil), monkeypatch.context() as patch:
-        patch.setattr(files, "verify_folder", lambda path: None)
+        patch.setattr(files, "verify_folder", lambda path, sums: None)
         write_folder(folder, fill_otherwise)
     with pytest.raises(IsthmusError, match="damaged"):
         verify_folder(folder)
@@ -298,6 +299,22 @@ def test_every_bit_of_a_manifest_counts(tmp_path: Path) -> None:
             verify_folder(folder)
 
 
+def test_a_folder_that_is_known_beforehand_has_its_sums_or_is_not_there(tmp_path: Path) -> None:
+    folder = tmp_path / "known"
+    sums = {
+        "a.bin": hashlib.sha256(bytes(range(256))).hexdigest(),
+        "inner/b.json": hashlib.sha256(b"{}\n").hexdigest(),
+    }
+    with pytest.raises(IsthmusError, match=r"a\.bin is damaged.*should be 0000"):
+        write_folder(folder, fill, sums | {"a.bin": "0000"})
+    assert os.listdir(tmp_path) == []
+    write_folder(folder, fill, sums)
+    assert sorted(os.listdir(folder)) == ["a.bin", "inner"]
+    verify_folder(folder, sums)
+    with pytest.raises(IsthmusError, match=r"incomplete.*lacks c\.bin"):
+        verify_folder(folder, sums | {"c.bin": "0000"})
+
+
 def test_a_file_that_cannot_be_read_is_a_damage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -306,7 +323,7 @@ def test_a_file_that_cannot_be_read_is_a_damage(
     def broken(file: Path) -> str:
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
 
-    monkeypatch.setattr(files, "_sha256", broken)
+    monkeypatch.setattr(files, "file_sha256", broken)
     with pytest.raises(IsthmusError, match=r"a\.bin cannot be read: Input/output error"):
         verify_folder(tmp_path / "checkpoint")
 

@@ -147,6 +147,31 @@ def test_two_measures_of_a_batch_are_refused(file: Path) -> None:
     assert load_recipe(file, ["train.max_duration=60"]).train.batch_size is None
 
 
+@pytest.mark.parametrize(("size", "processes", "batches"), [(6, 1, 4), (6, 4, 4), (3, 8, 8)])
+def test_a_global_batch_is_the_same_on_any_number_of_processes(
+    file: Path, size: int, processes: int, batches: int
+) -> None:
+    overrides = ["train.global_batch_size=24", f"train.batch_size={size}"]
+    assert load_recipe(file, overrides).train.batches(processes) == batches
+
+
+@pytest.mark.parametrize(
+    ("overrides", "processes", "match"),
+    [
+        (["train.batch_size=5"], 1, "24 is no multiple of batch_size 5"),
+        (["train.max_duration=60"], 1, "set global_batch_size to null"),
+        (["train.accumulate=4"], 1, "accumulate"),
+        (["train.batch_size=6"], 8, "batch_size to one of 1, 3"),
+        (["train.batch_size=6"], 5, "multiple of 5"),
+    ],
+)
+def test_a_global_batch_that_cannot_be_had(
+    file: Path, overrides: list[str], processes: int, match: str
+) -> None:
+    with pytest.raises(IsthmusError, match=match):
+        load_recipe(file, ["train.global_batch_size=24", *overrides]).train.batches(processes)
+
+
 @pytest.mark.parametrize("measure", ["batch_size", "max_duration"])
 def test_a_batch_of_nothing_is_refused(file: Path, measure: str) -> None:
     with pytest.raises(IsthmusError, match=rf"train\.{measure}: .* greater than"):

@@ -9,7 +9,7 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import with_hyphens
-from isthmus.verbs import analysis, data, decoding, training
+from isthmus.verbs import analysis, data, decoding, parts, training
 
 app = typer.Typer(
     name="isthmus",
@@ -23,7 +23,7 @@ app = typer.Typer(
         "token_normalize_func": with_hyphens,
     },
 )
-for verbs in (training, decoding, data, analysis):
+for verbs in (training, decoding, data, parts, analysis):
     app.add_typer(verbs.app)
 
 

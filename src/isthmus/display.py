@@ -1,5 +1,6 @@
 """Progress for people: a bar on a terminal, plain lines in a log, curves in TensorBoard."""
 
+import gc
 import logging
 import math
 from collections import deque
@@ -203,9 +204,12 @@ def loading(what: str, console: Console | None = None) -> Iterator[None]:
     timer.daemon = True
     if console.is_terminal:
         timer.start()
+    gc.disable()  # what is loaded stays: to search it for garbage, now and again, takes seconds
     try:
         yield
     finally:
+        gc.freeze()
+        gc.enable()
         timer.cancel()
 
 
@@ -257,12 +261,19 @@ def print_scores(report: dict[str, Any], own: Mapping[str, Any] | None = None) -
     if decode := report.get("decode"):
         other = [name for name, value in (own or decode).items() if decode[name] != value]
         changed = [f"{name} {decode[name]}" for name in other if name != "beam_size"]
-        line = ", ".join([f"decode: beam {decode['beam_size']}", *changed])
-        Console().print(line, highlight=False, markup=False, soft_wrap=True)
-    for name, reasons in report["left_out"].items():
-        if reasons:
-            summary = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
-            Console().print(f"left out of {name}: {summary}", highlight=False, markup=False)
+        beam = [f"beam {decode['beam_size']}"] if decode.get("beam_size") else []
+        if beam or changed:
+            line = f"decode: {', '.join([*beam, *changed])}"
+            Console().print(line, highlight=False, markup=False, soft_wrap=True)
+    for key, what in (
+        ("left_out", "left out of {}"),
+        ("unheard", "not heard in {}, their words counted as deleted"),
+    ):
+        for name, reasons in report.get(key, {}).items():
+            if reasons:
+                summary = ", ".join(f"{number} {reason}" for reason, number in reasons.items())
+                line = f"{what.format(name)}: {summary}"
+                Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -65,10 +65,13 @@ def write_atomic(path: Path, content: bytes | str) -> None:
         raise
 
 
-def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+def write_folder(
+    path: Path, fill: Callable[[Path], None], sums: Mapping[str, str] | None = None
+) -> None:
     """Make folder `path` by `fill(temporary folder)`, seal, read again, and only then publish it.
 
     The manifest, a SHA-256 for each file, is written last: a folder without it is not complete.
+    A folder whose `sums` are known beforehand gets none, and is published only if it has them.
     An existing folder of that name is replaced only after the new one was verified.
     Raises OSError, or IsthmusError when the disk does not give back what was written.
     """
@@ -78,8 +81,8 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         _remove(partial)
         _make_folder(partial)
         fill(partial)
-        _seal(partial)
-        verify_folder(partial)
+        _seal(partial, with_manifest=sums is None)
+        verify_folder(partial, sums)
         _remove(replaced)
         if path.exists():
             _rename(path, replaced)
@@ -134,26 +137,29 @@ def discard(path: Path) -> None:
         log.warning("%s could not be removed: %s. Remove it by hand.", path, error.strerror)
 
 
-def verify_folder(path: Path) -> None:
+def verify_folder(path: Path, sums: Mapping[str, str] | None = None) -> None:
     """Raise IsthmusError unless `path` holds the files of its manifest, unchanged, and no others.
 
-    The manifest must be, byte by byte, as write_folder writes it.
+    The manifest must be, byte by byte, as write_folder writes it. A folder that is known beforehand
+    has `sums`, SHA-256 by file, in its place.
     """
     try:
         recover_folder(path)
-        sums = _read_manifest(path)
+        sums = _read_manifest(path) if sums is None else sums
         found = _files(path)
         found.pop(MANIFEST, None)
         if missing := sorted(sums.keys() - found):
             raise IsthmusError(f"{path} is incomplete: it lacks {', '.join(missing[:5])}.")
         if extra := sorted(found.keys() - sums):
             raise IsthmusError(
-                f"{path} is damaged: it holds {', '.join(extra[:5])} beside what its {MANIFEST} "
-                "names. What you put there yourself, move away."
+                f"{path} is damaged: it holds {', '.join(extra[:5])} beside what belongs there. "
+                "What you put there yourself, move away."
             )
         for name, file in found.items():
-            if _sha256(file) != sums[name]:
-                raise IsthmusError(f"{file} is damaged: its SHA-256 differs from {MANIFEST}.")
+            if (digest := file_sha256(file)) != sums[name]:
+                raise IsthmusError(
+                    f"{file} is damaged: its SHA-256 is {digest}, and should be {sums[name]}."
+                )
     except OSError as error:
         raise IsthmusError(
             f"{path} is incomplete: {error.filename or path} cannot be read: {error.strerror}."
@@ -189,17 +195,18 @@ def _manifest(sums: dict[str, str]) -> bytes:
     return (json.dumps(content, indent=2) + "\n").encode()
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, *, with_manifest: bool) -> None:
     """Make what `folder` holds durable, and write its manifest, last."""
     sums = {}
     for name, file in _files(folder).items():
         _operation("fsync", file)
         with file.open("rb") as stream:
             os.fsync(stream.fileno())
-        sums[name] = _sha256(file)
+        sums[name] = file_sha256(file)
         _forget(file)
-    write_file(folder / MANIFEST, _manifest(sums))
-    _forget(folder / MANIFEST)
+    if with_manifest:
+        write_file(folder / MANIFEST, _manifest(sums))
+        _forget(folder / MANIFEST)
     for inner in [path for path in folder.rglob("*") if path.is_dir()]:
         _sync_folder(inner)
     _sync_folder(folder)
@@ -211,7 +218,7 @@ def _files(folder: Path) -> dict[str, Path]:
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

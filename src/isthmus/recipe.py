@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.encoder import ConformerSettings, EncoderSettings
+from isthmus.model.encoder import ConformerSettings, Encoder, EncoderSettings
 from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import (
     CHAT_TEMPLATE,
@@ -25,7 +25,7 @@ from isthmus.model.llm import (
     LLMSettings,
     character_tokenizer,
 )
-from isthmus.model.parts import SHIPPED, PartSettings, Source, freeze, resolve, source
+from isthmus.model.parts import SHIPPED, PartSettings, Source, Tune, freeze, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.qformer import QFormerSettings
@@ -37,6 +37,7 @@ from isthmus.recipe_settings import (
     CTCDataSettings,
     DecodeSettings,
     LoopSettings,
+    Precision,
     SpeechDataSettings,
     SpeechTrainSettings,
     TrainSettings,
@@ -90,11 +91,9 @@ class Recipe(Experiment):
 
     def build(self) -> SpeechLLM:
         """The model: pretrained parts loaded, the projector random (torch's generator)."""
-        encoder = self.encoder.build()
+        encoder = self.build_encoder()
         self.projector.check(encoder, self.encoder)
         llm = self.build_llm()
-        if self.train.precision == "bfloat16" and self.encoder.tune == "frozen":
-            encoder.store(torch.bfloat16)
         model = SpeechLLM(
             encoder,
             self.projector.build(encoder, llm),
@@ -105,17 +104,30 @@ class Recipe(Experiment):
         encoder.spec_augment = self.data.spec_augment
         return model
 
+    def build_encoder(self) -> Encoder:
+        """The encoder alone, its weights as training holds them."""
+        encoder = self.encoder.build()
+        encoder.store(getattr(torch, self.held(self.encoder.tune)))
+        return encoder
+
     def build_llm(self) -> LLM:
         """The language model alone, its weights as training holds them."""
-        llm = self.llm.build()
+        settings = self.llm
+        if settings.dtype == "auto":
+            settings = settings.model_copy(update={"dtype": self.held(settings.tune)})
+        llm = settings.build()
         if self.llm.tune == "frozen":
             freeze(llm)
-        narrow = self.train.precision == "bfloat16" and self.llm.dtype == "auto"
-        if narrow and self.llm.tune != "full":
-            llm.store(torch.bfloat16)
         if self.llm.quantise != "none":
             quantise(llm.network, self.llm.quantise)
         return llm
+
+    def held(self, tune: Tune) -> Precision:
+        """What the weights of a part are held in, whatever its files have.
+
+        Small steps get lost in half precision, so a part that is trained whole has float32.
+        """
+        return "float32" if tune == "full" else self.train.precision
 
     @field_validator("projector", mode="before")
     @classmethod
@@ -247,6 +259,18 @@ def load_recipe(
     except IsthmusError as error:
         hints = _retyped(overrides, str(error))
         raise IsthmusError("\n  ".join([str(error), *hints])) from error
+
+
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """A recipe of any kind, as its keys tell. Raises IsthmusError as `load_recipe` does."""
+    return load_recipe(path, overrides, kind=kind_of(read_recipe(path, overrides)[1]))
+
+
+def kind_of(values: Mapping[str, Any]) -> type[Recipe | CTCRecipe | LanguageRecipe]:
+    """The kind of recipe that has such keys: a model to go on from may stand for all others."""
+    if "encoder" in values or "llm" in values:
+        return Recipe
+    return CTCRecipe if "data" in values else LanguageRecipe
 
 
 def _retyped(overrides: Sequence[str], fault: str) -> Iterator[str]:

@@ -3,13 +3,15 @@
 Those of a part of the model stand beside the part.
 """
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from isthmus.errors import IsthmusError
 from isthmus.model.parts import PartSettings
 from isthmus.speech.augment import Augmentation, SpecAugment
 
+Precision = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 DEFAULT_LANGUAGE = "default"  # stands for those that a mapping by language does not name
 
@@ -54,7 +56,7 @@ class DataSettings(PartSettings):
 class SpeechDataSettings(DataSettings):
     """The same for a model with a frozen encoder, whose frames can be kept."""
 
-    feature_cache: Literal["none", "bfloat16", "float32"] = "none"
+    feature_cache: Precision | Literal["none"] = "none"
     """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
     spec_augment: SpecAugment | None = None
     """On log-mel features, in training only: for a Conformer that is trained too."""
@@ -80,8 +82,8 @@ class LoopSettings(PartSettings):
     betas: tuple[float, float] = (0.9, 0.999)
     clip_norm: float | None = Field(None, gt=0)
     """Largest norm of the gradient."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: matrix products in it; frozen weights are held in it, trained ones in float32."""
+    precision: Precision = "float32"
+    """Of products and frozen weights, whatever the files have; trained weights are in float32."""
     accumulate: int = Field(1, ge=1)
     """Batches of an optimiser step (of each process, where there are several)."""
     workers: int | None = Field(None, ge=0)
@@ -94,6 +96,10 @@ class LoopSettings(PartSettings):
     """Steps between checkpoints."""
     keep: int = Field(2, ge=1)
     """Checkpoints that are kept."""
+
+    def batches(self, processes: int) -> int:
+        """Batches of an optimiser step, of all processes together."""
+        return self.accumulate * processes
 
     def warmup_fault(self) -> str | None:
         """A line where training ends before the rate has risen to the one that is asked for."""
@@ -114,6 +120,9 @@ class TrainSettings(LoopSettings):
     max_duration: float | None = Field(None, gt=0)
     """Padded seconds of a batch at most, instead of batch_size."""
 
+    global_batch_size: int | None = Field(None, ge=1)
+    """Utterances of an optimiser step, of all processes together; instead of accumulate."""
+
     MEASURES: ClassVar[tuple[str, ...]] = ("batch_size", "max_duration")
 
     @model_validator(mode="before")
@@ -129,6 +138,39 @@ class TrainSettings(LoopSettings):
             if not given:
                 return {**values, "batch_size": 6}
         return values
+
+    @model_validator(mode="after")
+    def _global_batch_is_whole(self) -> Self:
+        if self.global_batch_size is None:
+            return self
+        if self.batch_size is None or self.global_batch_size % self.batch_size:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is no multiple of batch_size "
+                f"{self.batch_size}: change one, or set global_batch_size to null"
+            )
+        if self.accumulate != 1:
+            raise ValueError(
+                f"give one of accumulate ({self.accumulate}) and global_batch_size "
+                f"({self.global_batch_size}), which says how many batches are accumulated"
+            )
+        return self
+
+    def batches(self, processes: int) -> int:
+        """Raises IsthmusError where they cannot share the global batch evenly."""
+        if self.global_batch_size is None:
+            return super().batches(processes)
+        assert self.batch_size is not None
+        own, rest = divmod(self.global_batch_size, processes)
+        if rest or own % self.batch_size:
+            sizes = [size for size in range(1, own + 1) if own % size == 0]
+            remedy = f"train.batch_size to one of {', '.join(map(str, sizes))}"
+            if rest:
+                remedy = f"it to a multiple of {processes}, or start another number of processes"
+            raise IsthmusError(
+                f"train.global_batch_size {self.global_batch_size} in batches of "
+                f"{self.batch_size} cannot be shared by {processes} processes: set {remedy}."
+            )
+        return self.global_batch_size // self.batch_size
 
 
 class SpeechTrainSettings(TrainSettings):
@@ -157,7 +199,18 @@ class SpeechTrainSettings(TrainSettings):
         return self.text_masking.get(language, self.text_masking.get(DEFAULT_LANGUAGE, 0.0))
 
 
-class DecodeSettings(PartSettings):
+class RecogniserSettings(PartSettings):
+    """How audio comes to what recognises it."""
+
+    batch_size: int = Field(8, ge=1)
+    """Utterances decoded together; has no influence on the text."""
+    gate: Literal["auto", "silero", "energy", "none"] = "auto"
+    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
+    chunk_seconds: float = Field(30.0, ge=2)
+    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
+
+
+class DecodeSettings(RecogniserSettings):
     """How transcripts are searched for."""
 
     beam_size: int = Field(4, ge=1)
@@ -168,18 +221,12 @@ class DecodeSettings(PartSettings):
     """A transcript has at most this many tokens a second of audio, and ..."""
     extra_tokens: int = Field(20, ge=1)
     """... this many more."""
-    batch_size: int = Field(8, ge=1)
-    """Utterances decoded together; has no influence on the text."""
     early_stopping: bool = False
     """Stop as soon as there are `beam_size` finished hypotheses."""
     drafts: bool = True
     """With beam_size 1: the encoder's CTC head, if it has one, writes what the LLM then checks."""
     strict: bool = False
     """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
-    gate: Literal["auto", "silero", "energy", "none"] = "auto"
-    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
-    chunk_seconds: float = Field(30.0, ge=2)
-    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
     deadline: float | None = Field(None, gt=0)
     """Seconds after which the search of a batch is broken off."""
     hotwords: tuple[str, ...] = ()

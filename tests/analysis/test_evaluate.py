@@ -88,18 +88,28 @@ def deaf(transcriber: Transcriber, monkeypatch: pytest.MonkeyPatch) -> Transcrib
     return transcriber
 
 
-def test_what_is_left_out_is_counted_and_the_rest_is_scored(
-    transcriber: Transcriber, corpus: Path, faulty: Path
+def test_what_cannot_be_heard_is_deleted_and_what_has_no_text_left_out(
+    transcriber: Transcriber, corpus: Path, faulty: Path, tmp_path: Path
 ) -> None:
     whole = evaluate(transcriber, [str(corpus)])
-    result = evaluate(transcriber, [str(corpus), str(faulty)])
+    result = evaluate(transcriber, [str(corpus), str(faulty)], folder=tmp_path)
     report = json.loads(json.dumps(result.to_dict()))
-    reasons = {"empty_text": 1, "truncated": 1, "unreadable": 1}
-    assert report["left_out"] == {"speech": {}, "faulty": reasons}
-    assert report["sets"]["faulty"] == report["sets"]["speech"] == whole.to_dict()["sets"]["speech"]
-    assert report["sets"]["faulty"]["utterances"] == len(TEXTS)
-    assert report["utterances"] == 2 * len(TEXTS)
+    assert report["left_out"] == {"speech": {}, "faulty": {"empty_text": 1}}
+    assert report["unheard"] == {"speech": {}, "faulty": {"truncated": 1, "unreadable": 1}}
+    good, bad = report["sets"]["speech"], report["sets"]["faulty"]
+    assert good == whole.to_dict()["sets"]["speech"]
+    deleted = len(["a", "long", "story", "hiss"])
+    assert (bad["words"], bad["del"]) == (good["words"] + deleted, good["del"] + deleted)
+    assert (bad["sub"], bad["ins"], bad["missing"]) == (good["sub"], good["ins"], 2)
+    assert report["utterances"] == 2 * len(TEXTS) + 2
+    assert report["audio_seconds"] == pytest.approx(2 * whole.to_dict()["audio_seconds"])
+    rows = [json.loads(line) for line in (tmp_path / "faulty.jsonl").open()]
+    errors = {row["id"]: (row["pred_text"], row["error"]) for row in rows if "error" in row}
+    assert errors.keys() == {"torn", "noise"}
+    assert all(text == "" and id in error for id, (text, error) in errors.items())
     for item in result.sets["faulty"]:
+        if item.fault:
+            continue
         alone = transcriber.transcribe(item.cut)
         assert (item.cut.id, alone.text) in {
             (one.cut.id, one.transcript.text) for one in whole.sets["speech"]
@@ -109,7 +119,7 @@ def test_what_is_left_out_is_counted_and_the_rest_is_scored(
 def test_progress_counts_every_utterance(transcriber: Transcriber, faulty: Path) -> None:
     seen: list[tuple[int, int]] = []
     evaluate(transcriber, [str(faulty)], on_batch=lambda done, total: seen.append((done, total)))
-    assert seen == [(number, 5) for number in range(1, 6)]  # two are known beforehand
+    assert seen == [(number, 6) for number in range(1, 7)]  # one has no text
 
 
 def test_nothing_usable_is_an_error(transcriber: Transcriber, faulty: Path, tmp_path: Path) -> None:
@@ -118,7 +128,10 @@ def test_nothing_usable_is_an_error(transcriber: Transcriber, faulty: Path, tmp_
     with pytest.raises(IsthmusError, match=r"None of 1 utterances.*truncated"):
         evaluate(transcriber, [str(tmp_path)])
     report = evaluate(transcriber, [str(tmp_path), str(faulty)]).to_dict()
-    assert report["sets"][tmp_path.name]["wer"] is None
+    assert report["sets"][tmp_path.name]["wer"] == 1.0
+    (tmp_path / "torn.txt").write_text("...")
+    with pytest.raises(IsthmusError, match="none of 1 utterances can be scored"):
+        evaluate(transcriber, [str(tmp_path)])
 
 
 def test_faults_of_the_request_come_before_decoding(
@@ -166,10 +179,14 @@ def test_ctc_is_scored_on_the_same_utterances(transcriber: Transcriber, faulty: 
     evaluation = evaluate(transcriber, [str(faulty)])
     scores = ctc_scores(transcriber, evaluation)
     found = {one.id: one.hypothesis for one in scores.sets["faulty"].utterances}
-    assert found.keys() == TEXTS.keys()
+    assert found.keys() == {*TEXTS, "torn", "noise"}
+    assert found["torn"] == found["noise"] == ""
+    assert len(scores.sets["faulty"].missing) == 2
     head = transcriber.model.encoder.ctc
     assert head is not None
     for item in evaluation.sets["faulty"]:
+        if item.fault:
+            continue
         batch = collate([""], [transcriber.load(item.cut)], [""])
         frames, lengths = transcriber.model.encoder(batch.waveforms, batch.num_samples)
         [heard] = head.greedy(head.log_probs(frames), lengths)
@@ -185,14 +202,16 @@ def test_ctc_hears_long_utterances_in_chunks(
         (tmp_path / f"{name}.txt").write_text("go left")
     monkeypatch.setitem(transcriber.__dict__, "longest", 3.0)
     evaluation = evaluate(transcriber, [str(tmp_path)])
-    encode, longest = transcriber.model.encoder.forward, 0
+    head, longest = transcriber.ctc, 0
+    assert head is not None
+    forward = head.forward
 
     def listen(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal longest
         longest = max(longest, waveforms.shape[1])
-        return encode(waveforms, num_samples)
+        return forward(waveforms, num_samples)
 
-    monkeypatch.setattr(transcriber.model.encoder, "forward", listen)
+    monkeypatch.setattr(head, "forward", listen)
     [scores] = ctc_scores(transcriber, evaluation).sets.values()
     assert {one.id for one in scores.utterances} == {"long", "short"}
     assert 16_000 <= longest <= 3 * 16_000
@@ -229,7 +248,9 @@ def test_formats_without_a_folder_are_written_here(
 def test_an_unknown_format_is_refused_before_anything_is_loaded(
     isthmus: Isthmus, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("isthmus.decoding.transcriber.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "isthmus.decoding.systems.load_system", lambda *_, **__: pytest.fail("loaded")
+    )
     code, _, err = isthmus("transcribe", corpus / "a.wav", "-o", "out", "-f", "str")
     assert (code, "Unknown output format 'str'" in err) == (1, True)
 
@@ -260,7 +281,8 @@ def test_the_command_goes_on_says_what_is_left_out_and_exits_1(
     assert (code, "exists" in err) == (1, True)
     code, out, _ = isthmus("evaluate", run, faulty)
     assert code == 1
-    assert "left out of faulty: 1 empty_text, 1" in out
+    assert "left out of faulty: 1 empty_text" in out
+    assert "not heard in faulty, their words counted as deleted: 1" in out
     torn, whole = faulty / "torn.flac", faulty / "a.wav"
     code, out, err = isthmus("transcribe", torn, whole, tmp_path / "none.wav", "--model", run)
     assert code == 1
@@ -284,7 +306,7 @@ def test_ctc_is_refused_before_decoding(
         monkeypatch.setattr(transcriber, "results", lambda audio: pytest.fail("decoded"))
         return transcriber
 
-    monkeypatch.setattr("isthmus.decoding.transcriber.load", without_ctc)
+    monkeypatch.setattr("isthmus.decoding.systems.load", without_ctc)
     code, _, err = isthmus("evaluate", run, corpus, "--ctc")
     assert code == 1
     assert "no CTC head" in err

@@ -39,14 +39,21 @@ def test_it_is_what_one_gets_by_hand(load_llm: LoadLLM, llm_name: str) -> None:
         ids = tokenizer.encode(text, add_special_tokens=False)
         expected = by_hand(llm, [start, *ids, tokenizer.eos_token_id])
         assert likelihood.nats == pytest.approx(expected, rel=1e-4)
+        without = by_hand(llm, [start, *ids])
+        assert likelihood.nats - likelihood.end_nats == pytest.approx(without, rel=1e-4)
         assert (likelihood.words, likelihood.tokens) == (len(text.split()), len(ids) + 1)
     assert (found.words, found.tokens) == (9, sum(map(len, TEXTS)) + len(TEXTS))
     assert found.value == pytest.approx(math.exp(found.nats / 9))
 
 
 def test_the_words_count_not_the_tokens() -> None:
-    found = Perplexity((Likelihood(math.log(8), 2, 9), Likelihood(math.log(2), 2, 1)))
+    found = Perplexity(
+        (Likelihood(math.log(8), 2, 9, math.log(2)), Likelihood(math.log(2), 2, 2, 0.0)), "float32"
+    )
     assert found.value == pytest.approx(2.0)
+    assert found.without_end == pytest.approx(8**0.25)
+    theirs = (2 * math.log(4) / 8 + 2 * math.log(2) / 1) / 4
+    assert found.slam_llm == pytest.approx(math.exp(theirs))
 
 
 @pytest.mark.parametrize("at_once", [10**9, 1])
@@ -92,7 +99,7 @@ def test_the_model_is_left_as_it_was(load_llm: LoadLLM) -> None:
 
 
 def test_more_than_a_number_holds_is_infinite() -> None:
-    found = Perplexity((Likelihood(1e4, 1, 9),))
+    found = Perplexity((Likelihood(1e4, 1, 9, 0.0),), "float32")
     assert found.value == math.inf
     assert found.to_dict()["perplexity"] is None
 
@@ -122,9 +129,30 @@ def test_the_verb_reads_corpora_and_text_files(
     expected = word_perplexity(LLMSettings(path=str(folder)).build(), ["go left", "stop"])
     assert sets[str(corpus)] == sets[str(lines)] == expected.to_dict()
     code, out, _ = isthmus("analyse", "perplexity", folder, corpus)
-    assert f"perplexity {perplexity_text(expected)} a word (3 words)" in out
+    assert f"perplexity {perplexity_text(expected.value)} a word" in out
+    assert f"{perplexity_text(expected.without_end)} without the end token" in out
+    assert "(3 words, float32)" in out
     raw = isthmus("analyse", "perplexity", folder, corpus, "--normaliser", "none", "--json")[1]
     assert json.loads(raw)["sets"][str(corpus)]["tokens"] == expected.tokens + 1  # the full stop
+
+
+def test_the_precision_is_that_of_the_weights(load_llm: LoadLLM) -> None:
+    llm = load_llm("llama")
+    assert word_perplexity(llm, TEXTS).precision == "float32"
+    llm.store(torch.bfloat16)
+    assert word_perplexity(llm, TEXTS).to_dict()["precision"] == "bfloat16"
+
+
+@torch.no_grad()
+def test_the_authors_script_by_their_own_loss(load_llm: LoadLLM) -> None:
+    """exp of the network's own mean loss of each text, weighted by its words."""
+    llm = load_llm("llama")
+    tokenizer, total, words = llm.tokenizer, 0.0, 0
+    for text in TEXTS:
+        ids = [tokenizer.bos_token_id, *tokenizer.encode(text, add_special_tokens=False)]
+        loss = llm.network(input_ids=torch.tensor([ids]), labels=torch.tensor([ids])).loss
+        total, words = total + float(loss) * len(text.split()), words + len(text.split())
+    assert word_perplexity(llm, TEXTS).slam_llm == pytest.approx(math.exp(total / words), rel=1e-4)
 
 
 def test_what_is_no_text_is_refused(isthmus: Callable[..., tuple[int, str, str]]) -> None:

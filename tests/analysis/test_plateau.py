@@ -107,26 +107,6 @@ def test_upper_case_that_costs_tokens(innocent: Evidence, tmp_path: Path) -> Non
     assert "transcripts are in upper case, 1.00 tokens a letter, and would be 0." in line
 
 
-class Unsupervised(PaperPrompt):
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> Any:
-        parts = super().segments(tokenizer, transcript)
-        return parts if transcript is None else [*parts[:-1], replace(parts[-1], loss=False)]
-
-
-class Endless(PaperPrompt):
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> Any:
-        parts = super().segments(tokenizer, transcript)
-        return parts if transcript is None else parts[:-1]
-
-
-@pytest.mark.parametrize("prompt", [Unsupervised(), Endless()])
-def test_an_end_that_is_not_learnt(
-    innocent: Evidence, load_llm: Callable[..., LLM], prompt: Prompt
-) -> None:
-    line = found(replace(innocent, model=build(load_llm("llama"), prompt)))
-    assert "the end token '</s>' is not learnt" in line
-
-
 def test_an_end_that_is_the_unknown_token(innocent: Evidence) -> None:
     innocent.model.end_token = innocent.model.llm.tokenizer.unk_token_id
     assert "is the tokenizer's unknown token" in found(innocent)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from isthmus.analysis.sweep import Claim, make_plan
-from isthmus.analysis.sweep_table import Table, judge
+from isthmus.analysis.sweep_table import Table, _notes, judge
 
 SWEEP = """
 title: A small table
@@ -124,6 +124,18 @@ def test_all_sets_are_pooled_or_averaged(sweep: Path) -> None:
     assert judge(averaged, claim)[0] == "reproduced"
     assert "wide 10.00 %" in judge(averaged, claim)[1]
     assert judge(pooled, claim)[0] == "cannot be seen at this size"
+
+
+def test_notes_tell_what_was_not_scored_or_not_heard(sweep: Path) -> None:
+    table = made_of(sweep, [1], [1], {})
+    for name, missing in (("wide", 0), ("narrow", 3)):
+        scores = table.results[name]["sets"]["one"]
+        scores |= {"left_out": {"no_text": 2} if missing else {}, "missing": missing}
+        table.results[name]["environment"] = {}
+    notes = "\n".join(_notes(table))
+    assert "Left out of one in row narrow: 2 no_text" in notes
+    assert "deleted in one, row narrow: the words of 3 recordings" in notes
+    assert "row wide" not in notes
 
 
 def test_claims_wait_for_both_rows(sweep: Path) -> None:

@@ -18,7 +18,8 @@ from isthmus.model.adapters import save_adapter
 from isthmus.model.llm import LLMSettings
 from isthmus.recipe import Recipe
 from isthmus.training.export import export_adapter
-from isthmus.training.runs import load_run, stored_recipe, train
+from isthmus.training.runs import train
+from isthmus.training.stored import load_run, stored_recipe
 
 Run = Callable[..., Path]
 TEXTS = ["go left", "stop", "one two three", "yes please", "turn it on"]
@@ -121,8 +122,8 @@ def test_adapters_differ_but_leave_the_weights(make_run: Run) -> None:
 def test_the_interval_is_of_pairs() -> None:
     """Texts that differ much among themselves, but each by as much between the models."""
     costs = np.random.default_rng(0).uniform(1, 9, 200)
-    before = Perplexity(tuple(Likelihood(cost, 2, 9) for cost in costs))
-    after = Perplexity(tuple(Likelihood(cost + 0.1, 2, 9) for cost in costs))
+    before = Perplexity(tuple(Likelihood(cost, 2, 9, 0.0) for cost in costs), "float32")
+    after = Perplexity(tuple(Likelihood(cost + 0.1, 2, 9, 0.0) for cost in costs), "float32")
     found = TextAbility("lora", before, after, None, True)
     assert found.interval is not None
     assert 0 < found.interval[0] < found.difference < found.interval[1]

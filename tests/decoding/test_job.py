@@ -19,7 +19,6 @@ import soundfile
 from hypothesis import given
 from lhotse.cut import Cut
 
-from isthmus.decoding import job
 from isthmus.decoding.inputs import is_corpus
 from isthmus.decoding.job import (
     Claims,
@@ -29,10 +28,11 @@ from isthmus.decoding.job import (
     system,
     transcribe_corpora,
 )
-from isthmus.decoding.transcriber import Result
+from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import observers
+from isthmus.model.parts import ASSETS
 from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.audio import AudioError
 
@@ -52,9 +52,7 @@ class StandIn:
         if wanted and not self.aligns:
             raise IsthmusError(ASKED_FOR)
 
-    def results(
-        self, audio: Sequence[Cut], *, word_timestamps: bool = False
-    ) -> Iterator[Result[Transcript]]:
+    def results(self, audio: Sequence[Cut], *, word_timestamps: bool = False) -> Iterator[Result]:
         for index in sorted(range(len(audio)), key=lambda index: audio[index].duration):
             time.sleep(self.delay)
             cut = audio[index]
@@ -367,7 +365,7 @@ def test_an_aligner_is_part_of_what_transcribes(model_folder: Callable[[str], Pa
 
 def test_a_run_that_changes_is_another_system(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(job.run_folder("default"), run)
+    shutil.copytree(ASSETS / "default", run)
     before = system(run).model
     weights = run / "best" / "trainable.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")

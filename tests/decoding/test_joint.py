@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerFast
 from isthmus.decoding import joint as module
 from isthmus.decoding.beam import SearchOptions, beam_search
 from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, CTCSpelling
+from isthmus.decoding.recogniser import Speech
 from isthmus.decoding.timestamps import FLOOR, CTCModel
-from isthmus.decoding.transcriber import Speech, Transcriber, load
+from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, character_tokenizer
 from isthmus.model.spelling import letter_tokenizer

@@ -14,11 +14,12 @@ import soundfile
 import torch
 from torch import Tensor
 
-from isthmus.decoding import inputs
-from isthmus.decoding import transcriber as module
+from isthmus.decoding import inputs, recogniser
+from isthmus.decoding import transcriber as transcribing
 from isthmus.decoding.formats import as_srt, as_tsv
+from isthmus.decoding.recogniser import Speech
 from isthmus.decoding.timestamps import load_ctc
-from isthmus.decoding.transcriber import DecodeChanges, Speech, Transcriber, load
+from isthmus.decoding.transcriber import DecodeChanges, Transcriber, load
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import ASSETS
@@ -127,7 +128,7 @@ def test_lengths_are_asked_once_and_a_torn_file_is_said_to_be_torn(
         return audio_info(source)
 
     monkeypatch.setattr(inputs, "audio_info", asking)
-    monkeypatch.setattr(module, "load_audio", lambda path: path == good and load_audio(path))
+    monkeypatch.setattr(recogniser, "load_audio", lambda path: path == good and load_audio(path))
     found = {result.index: result.found for result in transcriber.results([torn, good])}
     assert asked == [torn, good]
     assert "torn.wav" in str(found[0])
@@ -140,7 +141,7 @@ def test_only_what_is_too_long_is_cut_up(
 ) -> None:
     transcriber = build(chunk_seconds=2.0)
     audio = [waves(n, seed=n).numpy() for n in (16_000, 24_000, 40_000)]
-    monkeypatch.setattr(module, "_seconds", lambda one: 1.0)  # as damaged headers say
+    monkeypatch.setattr(recogniser, "_seconds", lambda one: 1.0)  # as damaged headers say
     heard: list[list[float]] = []
     decode = transcriber._decode
 
@@ -165,8 +166,8 @@ def test_chunks_pass_the_gate_once(
         seen.append(len(waveform))
         return [(0.0, len(waveform) / 16_000)]
 
-    monkeypatch.setattr(module, "speech_regions", everywhere)
-    monkeypatch.setattr(module, "has_speech", lambda *arguments: pytest.fail("looked again"))
+    monkeypatch.setattr(recogniser, "speech_regions", everywhere)
+    monkeypatch.setattr(transcribing, "has_speech", lambda *arguments: pytest.fail("looked again"))
     (transcript,) = transcriber.transcribe([waves(10 * 16_000).numpy()])
     assert len(seen) == len(transcript.segments) > 2
 

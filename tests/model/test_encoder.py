@@ -84,7 +84,8 @@ def test_states_its_frames(encoder: Encoder, encoder_name: str, waves: Waves) ->
     assert encoder.frame_rate == FRAME_RATES.get(encoder_name, 50.0)
     (frames,) = encode(encoder, waves(SAMPLE_RATE * 2))
     assert frames.shape[1] == encoder.dim
-    assert len(frames) == pytest.approx(2 * encoder.frame_rate, abs=0.25 * encoder.frame_rate)
+    seconds = 30 if encoder_name == "whisper-kept" else 2
+    assert len(frames) == pytest.approx(seconds * encoder.frame_rate, abs=0.25 * encoder.frame_rate)
 
 
 def test_output_length_is_the_real_one(encoder: Encoder, waves: Waves) -> None:
@@ -165,6 +166,65 @@ def test_frames_are_those_of_transformers(
     torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
 
 
+UTTERANCES = (7777, 16_001, 16_160, 16_480, 48_000)  # samples: odd and even mel frames
+
+
+@pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
+@pytest.mark.parametrize("without", [None, "attention mask", "zeros between convolutions"])
+def test_unpadded_whisper_takes_a_batch_at_once(
+    encoder_settings: Callable[[str], Any],
+    waves: Waves,
+    monkeypatch: pytest.MonkeyPatch,
+    without: str | None,
+) -> None:
+    """Frames are those of each alone; without one of the two protections they are not."""
+    whisper = encoder_settings("whisper-unpadded").build().eval()
+    utterances = [waves(n, seed=n) for n in UTTERANCES]
+    alone = [encode(whisper, utterance)[0] for utterance in utterances]
+    batches: list[int] = []
+    whisper.network.conv1.register_forward_pre_hook(lambda _, args: batches.append(len(args[0])))
+    if without == "attention mask":
+        monkeypatch.setattr("isthmus.model.encoder.create_bidirectional_mask", lambda *_: None)
+    if without == "zeros between convolutions":
+        monkeypatch.setattr(Tensor, "masked_fill", lambda hidden, mask, value: hidden)
+    together = encode(whisper, *utterances, padding=10.0)
+    assert batches == [len(utterances)]
+    errors = [float((a - b).abs().max()) for a, b in zip(together, alone, strict=True)]
+    assert (max(errors) < 1e-5) == (without is None), errors
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
+@pytest.mark.parametrize("pad_to_30s", [True, False])
+@pytest.mark.parametrize("name", ["whisper-base", "whisper-tiny.en"])
+def test_real_whisper_frames_are_those_of_transformers(
+    parts: Path, waves: Waves, name: str, pad_to_30s: bool
+) -> None:
+    """In float32. Unpadded too: it takes other lengths when its table of positions is cut.
+
+    A few of Whisper's activations are so large that another order of sums moves some frames of a
+    batch by 1e-4, as far as either is from float64; the mean says whether they are the same.
+    """
+    whisper = WhisperSettings(path=str(parts / name), pad_to_30s=pad_to_30s).build().eval()
+    whisper.store(torch.float32)
+    extractor = AutoFeatureExtractor.from_pretrained(parts / name)
+    utterances = [waves(320 * places, seed=places) for places in (150, 90)]
+    for waveform, batched in zip(utterances, encode(whisper, *utterances), strict=True):
+        mel = extractor(
+            waveform.numpy(),
+            sampling_rate=SAMPLE_RATE,
+            padding="max_length" if pad_to_30s else "do_not_pad",
+            return_tensors="pt",
+        )["input_features"]
+        network = AutoModel.from_pretrained(parts / name, dtype=torch.float32).encoder.eval()
+        network.config.max_source_positions = places = mel.shape[2] // 2
+        table = network.embed_positions
+        network.embed_positions = table.from_pretrained(table.weight[:places])
+        expected = network(mel).last_hidden_state[0, : len(batched)]
+        torch.testing.assert_close(encode(whisper, waveform)[0], expected, atol=1e-5, rtol=0)
+        assert (batched - expected).abs().mean() < 1e-5
+
+
 @pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
 @pytest.mark.parametrize("pad_to_30s", [True, False])
 def test_whisper_takes_30_seconds(
@@ -179,6 +239,21 @@ def test_whisper_takes_30_seconds(
         encode(whisper, waves(1600), waves(longest + 1))
 
 
+def test_padding_is_kept(encoder_settings: Callable[[str], Any], waves: Waves) -> None:
+    """1500 frames of any audio: its own, and behind them those of the padding."""
+    kept, dropped = (encoder_settings(name).build().eval() for name in ("whisper-kept", "whisper"))
+    for num_samples in (1, 30_000, 30 * SAMPLE_RATE):
+        (frames,), (own,) = (encode(one, waves(num_samples)) for one in (kept, dropped))
+        assert len(frames) == kept.output_length(num_samples) == 1500
+        torch.testing.assert_close(frames[: len(own)], own, atol=0, rtol=0)
+        assert frames[len(own) :].isfinite().all()
+
+
+def test_padding_that_is_not_there_cannot_be_kept() -> None:
+    with pytest.raises(ValidationError, match="pad_to_30s"):
+        WhisperSettings(path="x", keep_padding=True, pad_to_30s=False)
+
+
 def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> None:
     with pytest.warns(UserWarning, match="pad_to_30s"):
         WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=False).build()
@@ -186,7 +261,7 @@ def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> N
 
 @pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
 def test_what_is_worked_on(encoder: Encoder, encoder_name: str) -> None:
-    padded = 30.0 if encoder_name == "whisper" else 12.0
+    padded = 30.0 if encoder_name in ("whisper", "whisper-kept") else 12.0
     assert [encoder.encoded_seconds(one) for one in (12.0, 30.0)] == [padded, 30.0]
     if encoder_name != "pair":
         weights = sum(value.numel() for value in encoder.parameters())
@@ -231,7 +306,12 @@ def test_only_the_conformer_can_spell(encoder: Encoder, encoder_name: str) -> No
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("conformer", "hubert-layer"), ("fbank", "parakeet"), ("wavlm-group", "fbank")],
+    [
+        ("conformer", "hubert-layer"),
+        ("fbank", "parakeet"),
+        ("wavlm-group", "fbank"),
+        ("whisper-kept", "fbank"),
+    ],
 )
 def test_a_pair_is_both_side_by_side(
     encoder_settings: Callable[[str], Any], waves: Waves, first: str, second: str

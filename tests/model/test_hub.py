@@ -7,11 +7,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import constants
@@ -29,23 +28,6 @@ ModelFolder = Callable[[str], Path]
 ENCODERS = ["whisper", "hubert-group", "hubert-layer", "wavlm-group", "wav2vec2-layer", "parakeet"]
 LLMS = ["llama", "phi", "bloom", "qwen2", "gpt-neox", "gemma"]
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[StandInHub]:
-    """The only hub there is, and nothing downloaded from it yet."""
-    hub = StandInHub()
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    monkeypatch.delenv("HF_TOKEN", raising=False)
-    huggingface_hub.close_session()
-    with hub.running():
-        yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

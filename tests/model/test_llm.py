@@ -1,7 +1,6 @@
 """Language models of many families behind one class."""
 
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model import llm as llm_module
 from isthmus.model.llm import LLM, LLMArchitecture, LLMSettings, character_tokenizer, save_llm
 from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import ChatPrompt, PaperPrompt
@@ -50,28 +48,6 @@ def test_end_tokens_are_those_of_prompt_and_model(load_llm: LoadLLM) -> None:
 def test_dtype(load_llm: LoadLLM, dtype: str) -> None:
     expected = torch.float32 if dtype == "auto" else torch.bfloat16
     assert load_llm("llama", dtype=dtype).dtype == expected
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16])
-def test_a_frozen_model_is_not_held_in_float16(
-    device: str,
-    stored: torch.dtype,
-    load_llm: LoadLLM,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    llm = load_llm("llama")
-    llm.network.to(stored).save_pretrained(tmp_path)
-    llm.tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(llm_module, "choose_device", lambda: torch.device(device))
-    held = torch.float32 if device == "cpu" else torch.bfloat16
-    with caplog.at_level(logging.INFO):
-        found = LLMSettings(path=str(tmp_path)).build().dtype
-    assert found == (held if stored == torch.float16 else stored)
-    assert ("float16, in which" in caplog.text) == (stored == torch.float16)
-    assert LLMSettings(path=str(tmp_path), dtype="float16").build().dtype == torch.float16
 
 
 def test_saved_in_half_precision_is_loaded_in_full(

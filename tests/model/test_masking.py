@@ -85,7 +85,6 @@ def test_packed_is_padded(prompt: Prompt, join: Callable[..., SpeechLLM]) -> Non
     masked = {"masking": [0.5, 0.5, 0.3]}
     padded, unmasked, other = loss(**masked), loss(), loss(seed=6, **masked)
     assert "packed" in model.pack()
-    assert (model.prefix is None) == isinstance(prompt, SlamPrompt)
     torch.testing.assert_close(loss(**masked), padded, rtol=1e-4, atol=1e-5)
     assert (padded[0] - unmasked[0]).abs() > 1e-3
     assert (padded[0] - other[0]).abs() > 1e-3
@@ -109,15 +108,6 @@ def test_the_longest_prompt_is_counted(join: Callable[..., SpeechLLM]) -> None:
     letters = "USER: " + " Write down what you hear." + " ASSISTANT: "
     assert model.prompt_tokens == 1 + len(letters)  # a token each, after the beginning
     assert model.positions(1.0, 5) == 1 + len(letters) + model.audio_tokens(1.0) + 5
-
-
-def test_the_shared_beginning_ends_where_prompts_part(join: Callable[..., SpeechLLM]) -> None:
-    """A system turn is before the audio in all of them; an instruction before it would not be."""
-    model = join(ChatPrompt(instruction=PROMPTS))
-    single = join(ChatPrompt(instruction="x"))
-    assert model._prefix_tokens() == single._prefix_tokens() != []
-    model.prompts = (PaperPrompt(), ChatPrompt())  # <s> and the letters USER:, and only the letters
-    assert model._prefix_tokens() == []
 
 
 @pytest.mark.parametrize("name", ["conformer", "parakeet"])

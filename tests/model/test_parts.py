@@ -37,7 +37,7 @@ def test_no_such_folder() -> None:
 
 
 def test_unknown_shipped_name() -> None:
-    with pytest.raises(IsthmusError, match=r"Did you mean 'isthmus/tiny-llama'\?.* Shipped: "):
+    with pytest.raises(IsthmusError, match=r"Did you mean 'isthmus/tiny-llama'\?.* Known: "):
         resolve("isthmus/tiny-lama")
     assert "isthmus/tiny-llama" in SHIPPED
 

@@ -78,7 +78,7 @@ def spell(*parts: str, loss: bool = False) -> list[tuple[str, bool]]:
 
 
 PAPER = ("<s>", "USER: ", "AUDIO", " Say it. ASSISTANT: ")
-SLAM = ("AUDIO", "<s>", "USER: Say it.\n ASSISTANT:")
+SLAM = ("AUDIO", "USER: Say it.\n ASSISTANT:")
 BARE = ("AUDIO", "<s>")
 CHAT = ("USER: ", "AUDIO", "\nSay it. ASSISTANT: ")
 
@@ -87,7 +87,7 @@ CHAT = ("USER: ", "AUDIO", "\nSay it. ASSISTANT: ")
     ("prompt", "expected"),
     [
         (PaperPrompt(instruction="Say it."), PAPER),
-        (PaperPrompt(instruction=""), ("<s>", "USER: ", "AUDIO", " ASSISTANT: ")),
+        (PaperPrompt(instruction=""), ("<s>", "AUDIO", "ASSISTANT: ")),
         (SlamPrompt(instruction="Say it."), SLAM),
         (BarePrompt(), BARE),
         (ChatPrompt(instruction="Say it."), CHAT),
@@ -108,12 +108,11 @@ def test_golden_ids() -> None:
         [BOS],
         [letters[letter] for letter in "USER: "],
         None,
-        [letters[letter] for letter in " Go"],
-        [letters[letter] for letter in " ASSISTANT: "],
+        [letters[letter] for letter in " Go ASSISTANT: "],
         [letters[letter] for letter in "hi"],
         [EOS],
     ]
-    assert [piece.loss for piece in pieces] == [False] * 5 + [True] * 2
+    assert [piece.loss for piece in pieces] == [False] * 4 + [True] * 2
 
 
 def test_end_token_is_supervised_even_if_it_is_the_padding() -> None:
@@ -193,7 +192,7 @@ CHATML_REPLY = ("\n", "<|im_start|>", "assistant\n")
             ("<|im_start|>", "user\n", *INSTRUCTED, "<|im_end|>", *CHATML_REPLY),
             "<|im_end|>",
         ),
-        (SPACED, ("<s>", "[INST] ", *INSTRUCTED, " [/INST]"), "</s>"),
+        (SPACED, ("<s>", "[INST] ", *INSTRUCTED, " [/INST] "), "</s>"),
         (TEXT_ONLY, ("### user: ", *INSTRUCTED, "\n\n### assistant: "), "</s>"),
     ],
     ids=["llama-3", "chatml", "spaced", "text-only"],

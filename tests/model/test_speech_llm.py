@@ -76,7 +76,7 @@ def test_the_summary_counts_as_papers_do(join: Join) -> None:
 
 
 def test_loss_of_each_encoder(encoder: Encoder, join: Join, waves: Waves) -> None:
-    assert_batch_is_sum(join("llama", encoder), waves)
+    assert_batch_is_sum(join("bloom", encoder), waves)  # which takes any length
 
 
 def test_loss_of_each_llm(llm_name: str, join: Join, waves: Waves) -> None:
@@ -193,6 +193,16 @@ def test_weights_in_training_are_in_full_precision(load_llm: LoadLLM, join: Join
     assert trained.llm.dtype == torch.float32
 
 
+def test_a_frozen_encoder_knows_no_autocast(join: Join, waves: Waves) -> None:
+    """Its frames are the same in training, for the feature cache and in decoding."""
+    for tune in ("frozen", "full"):
+        model = join(encoder="whisper", tune={"encoder": tune}).eval()
+        plain = model.encode_alone(waves(16_000))
+        with torch.autocast("cpu", torch.bfloat16):
+            found = model.encode_alone(waves(16_000))
+        assert torch.equal(found, plain) == (tune == "frozen")
+
+
 def test_an_encoder_in_half_precision_can_be_trained_whole(
     encoder_settings: Callable[[str], Any], join: Join, waves: Waves
 ) -> None:
@@ -231,6 +241,15 @@ def test_fault_says_what_would_be_too_much(join: Join) -> None:
     room = 256 - prompt - model.audio_tokens(1.0)
     assert model.fault(1.0, room) is None
     assert model.fault(1.0, room + 1) == "it takes 257 positions, the language model has 256"
+
+
+def test_padding_that_is_kept_fills_the_same_positions(join: Join, waves: Waves) -> None:
+    model = join("bloom", "whisper-kept").eval()
+    (audio,) = model.embed_audio(waves(8_000)[None], torch.tensor([8_000]))
+    assert len(audio) == model.audio_tokens(0.5) == model.audio_tokens(30.0) == 750
+    assert model.positions(0.5, 3) == model.positions(30.0, 3)
+    assert model.fault(0.5) is None
+    assert "256" in str(join("llama", "whisper-kept").fault(0.5))
 
 
 def test_too_short_for_an_embedding(join: Join, waves: Waves) -> None:

@@ -22,6 +22,7 @@ from isthmus.speech.corpora import (
     expand_path,
     load_cut,
     read_corpus,
+    scorable,
     usable,
 )
 
@@ -389,6 +390,19 @@ def test_usable_skips_up_to_the_fraction(audio: Path) -> None:
         usable(cuts, max_bad_fraction=0.2)
     with pytest.raises(IsthmusError, match="1 of 1"):
         usable(CutSet.from_cuts([cuts["u2"]]), max_bad_fraction=1.0)
+
+
+def test_what_has_a_transcript_can_be_scored_whatever_its_audio_is(audio: Path) -> None:
+    rows = [{**GOOD, "id": name} for name in ("good", "gone", "mute", "both", "fast", "good", "?")]
+    rows[1] |= {"audio": "none.wav"}
+    rows[2] |= {"text": "..."}
+    rows[3] = {"id": "both", "audio": "none.wav"}  # no duration: looked for as it is read
+    rows[4] |= {"text": 200 * "so "}
+    lines = [json.dumps(row) for row in rows[:-1]] + ["{torn"]
+    (audio / "m.jsonl").write_text("\n".join(lines))
+    good, bad = scorable(read_corpus(audio / "m.jsonl"))
+    assert [cut.id for cut in good] == ["good", "gone", "fast"]
+    assert [one.code for one in bad] == ["empty_text", "no_text", "duplicate_id", "bad_line"]
 
 
 def test_checks_can_be_left_out(audio: Path) -> None:

@@ -208,7 +208,7 @@ def test_deleting_before_verifying_loses_the_run(
                 file.write_bytes(b"")
 
     with monkeypatch.context() as patch:
-        patch.setattr("isthmus.files.verify_folder", lambda path: None)
+        patch.setattr("isthmus.files.verify_folder", lambda path, sums: None)
         patch.setattr(checkpoint, "verify_folder", lambda path: None)
         observers.append(spoil)
         try:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from isthmus.decoding.transcriber import Speech, Transcriber
+from isthmus.decoding.recogniser import Speech
+from isthmus.decoding.transcriber import Transcriber
 from isthmus.decoding.transcript import Segment
 from isthmus.recipe import Recipe
 

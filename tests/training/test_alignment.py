@@ -14,7 +14,7 @@ from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import BarePrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.training import alignment
-from isthmus.training.alignment import BLANK, TEMPERATURE, alignment_loss
+from isthmus.training.alignment import BLANK, TEMPERATURE
 
 LoadLLM = Callable[..., LLM]
 
@@ -37,6 +37,10 @@ def llm(load_llm: LoadLLM) -> LLM:
 
 def tokens(llm: LLM, text: str) -> Tensor:
     return torch.tensor(llm.tokenizer.encode(text, add_special_tokens=False))
+
+
+def alignment_loss(llm: LLM, audio: list[Tensor], texts: list[str]) -> Tensor:
+    return alignment.alignment_loss(llm, audio, [tokens(llm, text).tolist() for text in texts])
 
 
 def test_by_hand(llm: LLM) -> None:

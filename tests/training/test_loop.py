@@ -264,6 +264,14 @@ def test_accumulation_gives_the_gradient_of_one_batch(tmp_path: Path) -> None:
         assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_a_global_batch_says_how_much_is_accumulated(tmp_path: Path) -> None:
+    run(tmp_path / "accumulated", accumulate=2)
+    run(tmp_path / "global", batch_size=3, global_batch_size=6)
+    run(tmp_path / "alone")
+    assert losses(tmp_path / "global") == losses(tmp_path / "accumulated")
+    assert losses(tmp_path / "global") != losses(tmp_path / "alone")
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_named(tmp_path: Path) -> None:
     task = Regression(broken=frozenset({7}))
     run(tmp_path / "a", task, steps=5)

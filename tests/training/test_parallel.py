@@ -409,7 +409,13 @@ def recipe(tmp_path: Path, model_folder: Callable[[str], Path]) -> Path:
         "projector": {"downsample_rate": 5, "hidden": 16},
         "llm": {"path": str(model_folder("llama"))},
         "data": {"train": [str(speech)], "dev": [str(speech)]},
-        "train": {"steps": 4, "batch_size": 1, "accumulate": 1, "eval_every": 2, "warmup_steps": 1},
+        "train": {
+            "steps": 4,
+            "batch_size": 1,
+            "global_batch_size": 2,
+            "eval_every": 2,
+            "warmup_steps": 1,
+        },
         "decode": {"tokens_per_second": 5, "extra_tokens": 5},
     }
     file = tmp_path / "recipe.yaml"
@@ -440,7 +446,7 @@ def test_torchrun(
     assert done.stdout == f"Trained to step 4: {folder}\n"
     assert done.stderr.count("step 4: validation loss") == 1, done.stderr
     whole = tmp_path / "whole"
-    assert isthmus("train", recipe, "train.accumulate=2", "-o", whole)[0] == 0
+    assert isthmus("train", recipe, "-o", whole)[0] == 0
     found, expected = lines(folder), lines(whole)
     assert [m["loss"] for m in found] == pytest.approx([m["loss"] for m in expected], rel=1e-5)
     spoken = [isthmus("transcribe", tmp_path / "speech/u0.flac", "-m", r) for r in (folder, whole)]

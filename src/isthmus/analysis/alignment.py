@@ -56,10 +56,8 @@ def token_directions(model: "SpeechLLM", text: str) -> tuple[tuple[str, ...], Ma
     """
     import torch
 
-    from isthmus.model.prompt import plain_tokens
-
     tokenizer = model.llm.tokenizer
-    ids = plain_tokens(tokenizer, text)
+    ids = model.transcript_tokens(text)
     if not ids:
         raise IsthmusError(f"The transcript {text!r} has no tokens to align. Give what is said.")
     device = next(model.projector.parameters()).device

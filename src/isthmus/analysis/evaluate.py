@@ -1,30 +1,31 @@
-"""Decode corpora with a run and score them."""
+"""Decode corpora with a run or another recogniser, and score them."""
 
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lhotse.cut import Cut
 
 from isthmus.analysis.calibration import Calibration, calibrate
-from isthmus.decoding.longform import joined
-from isthmus.decoding.transcriber import Speech, Transcriber
-from isthmus.decoding.transcript import Segment, Transcript, together
+from isthmus.decoding.pretrained import CTCRecogniser
+from isthmus.decoding.recogniser import Recogniser
+from isthmus.decoding.timestamps import CTCModel
+from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
+from isthmus.recipe_settings import RecogniserSettings
 from isthmus.scoring import LanguageScores, SetScores, score_languages, score_sets
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring.normalise import has_marks
-from isthmus.speech.audio import SAMPLE_RATE, AudioError
-from isthmus.speech.corpora import read_corpus, usable
-from isthmus.training.batches import collate, transcript
+from isthmus.speech.audio import AudioError
+from isthmus.speech.corpora import read_corpus, scorable
+from isthmus.speech.cuts import FAULT
+from isthmus.training.batches import transcript
 from isthmus.training.languages import language
 
 OnBatch = Callable[[int, int], None]  # utterances done, of how many
@@ -33,11 +34,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Decoded:
-    """One utterance, decoded."""
+    """One utterance, decoded, or why it could not be: then its transcript is empty."""
 
     cut: Cut
     transcript: Transcript
     seconds: float  # of computing, its share of the batch's
+    fault: IsthmusError | None = None
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,18 @@ class Evaluation:
     sets: dict[str, list[Decoded]]
     scores: SetScores
     settings: dict[str, Any]
-    left_out: dict[str, Counter[str]] = field(default_factory=dict)  # of each set, by reason
+    # of each set, by reason: lines without a transcript to score by, which count for nothing
+    left_out: dict[str, Counter[str]] = field(default_factory=dict)
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
     languages: LanguageScores | None = None  # where there are several
+
+    @property
+    def unheard(self) -> dict[str, Counter[str]]:
+        """Recordings of each set that could not be heard, by reason: their words are deleted."""
+        return {
+            name: Counter(_reason(item) for item in items if item.fault)
+            for name, items in self.sets.items()
+        }
 
     @property
     def calibration(self) -> Calibration | None:
@@ -70,6 +81,7 @@ class Evaluation:
             **self.scores.to_dict(),
             **(self.languages.to_dict() if self.languages else {}),
             "left_out": self.left_out,
+            "unheard": self.unheard,
             "decode": self.settings,
             "feature_cache": self.feature_cache,
             "calibration": self.calibration.to_dict() if self.calibration else None,
@@ -87,7 +99,7 @@ class Evaluation:
 
 
 def evaluate(
-    transcriber: Transcriber,
+    recogniser: Recogniser,
     corpora: Sequence[str],
     *,
     normaliser: str = "basic",
@@ -96,39 +108,41 @@ def evaluate(
 ) -> Evaluation:
     """Transcribe corpora and score them: each, and all together.
 
-    Utterances that cannot be used are counted in `left_out`. Transcripts are written into `folder`
-    before they are scored. Raises IsthmusError, before anything is decoded, for an unknown
-    normaliser and for files that exist; and when no utterance can be used.
+    The words of recordings that cannot be heard count as deleted; lines without a transcript are
+    counted in `left_out`. Transcripts are written into `folder` before they are scored. Raises
+    IsthmusError, before anything is decoded, for an unknown normaliser, for files that exist and
+    for a language that the recogniser does not know; and when no utterance can be heard.
     """
     find_normaliser(normaliser)
     sets, left_out = load_sets(corpora)
+    for name in {language(cut) for cuts in sets.values() for cut in cuts}:
+        recogniser.check_language(name)
     files = {} if folder is None else new_files(folder, sets)
     done, total = 0, sum(map(len, sets.values()))
     decoded: dict[str, list[Decoded]] = {}
     for name, cuts in sets.items():
         decoded[name] = []
-        for result in transcriber.results(cuts):
-            if isinstance(result.found, Transcript):
-                item = Decoded(cuts[result.index], result.found, result.seconds)
-                decoded[name].append(item)
+        for result in recogniser.results(cuts):
+            cut, found = cuts[result.index], result.found
+            if isinstance(found, Transcript):
+                decoded[name].append(Decoded(cut, found, result.seconds))
             else:
-                left_out[name][_reason(result.found)] += 1
-                log.info("left out: %s", result.found)
+                decoded[name].append(Decoded(cut, Transcript((), 0.0), 0.0, found))
+                log.info("counted as deleted: %s", found)
             done += 1
             on_batch(done, total)
         if files:
             _write_set(files[name], decoded[name])
-    if not any(decoded.values()):
-        reasons = ", ".join(sum(left_out.values(), Counter()))
+    faults = [item for items in decoded.values() for item in items if item.fault]
+    if len(faults) == total:
+        reasons = ", ".join(sorted(set(map(_reason, faults))))
         raise IsthmusError(f"None of {total} utterances could be transcribed: {reasons}.")
-    scores = score_sets(
-        {name: _texts(items) for name, items in decoded.items()}, normaliser=normaliser
-    )
+    scores = _scores(decoded, normaliser)
     spoken = {n: {one.cut.id: language(one.cut) for one in items} for n, items in decoded.items()}
     languages = score_languages(scores, spoken)
     _warn_of_marks(decoded, normaliser)
-    settings = transcriber.settings.model_dump(mode="json")
-    cache = transcriber.cache.precision if transcriber.cache else "none"
+    settings = recogniser.settings.model_dump(mode="json")
+    cache = recogniser.cache.precision if recogniser.cache else "none"
     return Evaluation(decoded, scores, settings, left_out, cache, languages)
 
 
@@ -144,57 +158,33 @@ def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) ->
         )
 
 
-def check_ctc(transcriber: Transcriber) -> None:
-    """Raise IsthmusError unless the encoder has a CTC head that knows its frames."""
-    if transcriber.ctc is None:
-        raise IsthmusError(f"No CTC to score: {transcriber.without_ctc}. Leave out --ctc.")
+def check_ctc(recogniser: Recogniser) -> CTCModel:
+    """Its encoder's CTC head; raises IsthmusError unless it has one that knows its frames."""
+    if recogniser.ctc is None:
+        raise IsthmusError(f"No CTC to score: {recogniser.without_ctc}. Leave out --ctc.")
+    return recogniser.ctc
 
 
-def ctc_scores(transcriber: Transcriber, evaluation: Evaluation) -> SetScores:
+def ctc_scores(recogniser: Recogniser, evaluation: Evaluation) -> SetScores:
     """What the encoder's own CTC head hears in the utterances of an evaluation, by best path.
 
-    Those too long for the model are heard in the same chunks as it heard them.
+    Those too long for the recogniser are heard in the same chunks as it heard them.
     """
-    check_ctc(transcriber)
-
-    def hear(speech: list[Speech]) -> list[str]:
-        fit = [one.waveform for one in speech if transcriber.fits(one)]
-        heard = iter(_spell(transcriber, fit))
-        return [
-            next(heard) if transcriber.fits(one) else _spell_long(transcriber, one)
-            for one in speech
-        ]
-
-    texts: dict[str, tuple[Mapping[str, str], Mapping[str, str]]] = {}
+    settings = RecogniserSettings(
+        batch_size=recogniser.settings.batch_size,
+        gate=recogniser.settings.gate,
+        chunk_seconds=recogniser.longest,
+    )
+    alone = CTCRecogniser(check_ctc(recogniser), settings)
+    decoded: dict[str, list[Decoded]] = {}
     for name, items in evaluation.sets.items():
-        cuts = [item.cut for item in items]
-        durations = [cut.duration for cut in cuts]
-        found = {cuts[r.index].id: r.found for r in transcriber.each_batch(cuts, durations, hear)}
-        hypotheses = {id: text for id, text in found.items() if isinstance(text, str)}
-        texts[name] = ({cut.id: transcript(cut) for cut in cuts}, hypotheses)
-    return score_sets(texts, normaliser=evaluation.scores.pooled.normaliser)
-
-
-@torch.inference_mode()
-def _spell(transcriber: Transcriber, waveforms: Sequence[np.ndarray]) -> list[str]:
-    head = transcriber.ctc
-    assert head is not None
-    if not waveforms:
-        return []
-    device = next(transcriber.model.parameters()).device
-    batch = collate([""] * len(waveforms), waveforms, []).to(device)
-    frames, lengths = transcriber.model.encoder(batch.waveforms, batch.num_samples)
-    return head.greedy(head.log_probs(frames), lengths)
-
-
-def _spell_long(transcriber: Transcriber, speech: Speech) -> str:
-    def segments() -> Iterator[tuple[Segment, float]]:
-        for chunk in transcriber.chunks(speech.waveform):
-            [text] = _spell(transcriber, [chunk.waveform])
-            end = chunk.start + len(chunk.waveform) / SAMPLE_RATE
-            yield Segment(chunk.start, end, text), chunk.overlap
-
-    return together(segment.text for segment in joined(segments()))
+        cuts = [item.cut for item in items if not item.fault]
+        decoded[name] = [item for item in items if item.fault]
+        for result in alone.results(cuts):
+            if isinstance(result.found, IsthmusError):
+                raise result.found  # it was heard a moment ago
+            decoded[name].append(Decoded(cuts[result.index], result.found, result.seconds))
+    return _scores(decoded, evaluation.scores.pooled.normaliser)
 
 
 def load_sets(corpora: Sequence[str]) -> tuple[dict[str, list[Cut]], dict[str, Counter[str]]]:
@@ -202,15 +192,20 @@ def load_sets(corpora: Sequence[str]) -> tuple[dict[str, list[Cut]], dict[str, C
     sets: dict[str, list[Cut]] = {}
     left_out: dict[str, Counter[str]] = {}
     for corpus in corpora:
-        # Audio is looked at when it is decoded.
-        good, report = usable(read_corpus(corpus), max_bad_fraction=1.0, decode_audio=False)
+        whole = read_corpus(corpus)
+        good, bad = scorable(whole)  # audio is looked at when it is decoded
+        if not good:
+            raise IsthmusError(
+                f"{corpus}: none of {len(whole)} utterances can be scored, such as: "
+                f"{bad[0].message}"
+            )
         path = Path(corpus).resolve()
         short = f"{path.parent.name}/{path.stem}" if path.suffix else path.name
         names = (f"{short}-{number}" if number > 1 else short for number in count(1))
         taken = set(map(_file_name, sets))
         name = next(name for name in names if _file_name(name) not in taken)
-        sets[name], left_out[name] = list(good), Counter(report.reasons)
-        for rejection in report.rejections:
+        sets[name], left_out[name] = good, Counter(rejection.code for rejection in bad)
+        for rejection in bad:
             log.info("left out: %s", rejection.message)
     return sets, left_out
 
@@ -233,13 +228,21 @@ def _write_set(file: Path, items: Sequence[Decoded]) -> None:
     write_atomic(file, "".join(lines))
 
 
-def _reason(error: IsthmusError) -> str:
-    return error.code if isinstance(error, AudioError) else "unusable"
+def _reason(item: Decoded) -> str:
+    if known := (getattr(item.cut, "custom", None) or {}).get(FAULT):
+        return str(known[0])
+    return item.fault.code if isinstance(item.fault, AudioError) else "unusable"
 
 
-def _texts(items: Sequence[Decoded]) -> tuple[dict[str, str], dict[str, str]]:
-    references = {item.cut.id: transcript(item.cut) for item in items}
-    return references, {item.cut.id: item.transcript.text for item in items}
+def _scores(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> SetScores:
+    sets = {
+        name: (
+            {item.cut.id: transcript(item.cut) for item in items},
+            {item.cut.id: item.transcript.text for item in items if not item.fault},
+        )
+        for name, items in decoded.items()
+    }
+    return score_sets(sets, normaliser=normaliser, missing="empty")
 
 
 def _row(item: Decoded) -> dict[str, Any]:
@@ -247,10 +250,11 @@ def _row(item: Decoded) -> dict[str, Any]:
     return {
         "id": item.cut.id,
         "audio_filepath": source if isinstance(source, str) else None,
-        "duration": item.transcript.duration,
+        "duration": item.cut.duration if item.fault else item.transcript.duration,
         "time": item.seconds,
         "text": transcript(item.cut),
         "pred_text": item.transcript.text,
         "score": item.transcript.score,
         "finish_reason": item.transcript.finish_reason,
+        **({"error": str(item.fault)} if item.fault else {}),
     }

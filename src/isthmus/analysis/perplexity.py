@@ -3,9 +3,12 @@
     perplexity = exp(nats / words)
 
 `nats` is the negative log-likelihood of all tokens of all texts, each with its end token behind
-it. Every text stands alone, after the tokenizer's beginning of sequence (where it has none, after
-the end token, as if another text had ended). `words` are what white space parts in the text as the
-model read it. A word's perplexity can be compared between tokenizers, a token's cannot.
+it. That token alone can decide which of two models is the better, so the perplexity without it is
+there too, and the figure of the authors' own script, which is another: a text's mean over its
+tokens, weighted by its words. Every text stands alone, after the tokenizer's beginning of sequence
+(where it has none, after the end token, as if another text had ended). `words` are what white space
+parts in the text as the model read it. A word's perplexity can be compared between tokenizers, a
+token's cannot.
 
 Shapes: B batch, L tokens, V vocabulary.
 """
@@ -31,7 +34,7 @@ from isthmus.scoring import read_texts
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript
 from isthmus.training.folder import DEFAULT, RECIPE
-from isthmus.training.runs import load_run
+from isthmus.training.stored import load_run
 
 LOGIT_BYTES = 256 * 2**20  # of a batch, in float32
 
@@ -43,6 +46,7 @@ class Likelihood:
     nats: float
     words: int
     tokens: int  # its end token among them
+    end_nats: float  # of the end token alone
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Perplexity:
     """Perplexity a word of texts together."""
 
     texts: tuple[Likelihood, ...]  # in the order in which they were given
+    precision: str  # of the model's weights, such as bfloat16: it moves the third digit
 
     @cached_property
     def nats(self) -> float:
@@ -66,12 +71,34 @@ class Perplexity:
     @property
     def value(self) -> float:
         """exp(nats / words); infinite where that is no number a computer holds."""
-        return math.exp(self.nats / self.words) if self.nats / self.words < 700 else math.inf
+        return self._exp(self.nats)
+
+    @property
+    def without_end(self) -> float:
+        """The same without the end tokens."""
+        return self._exp(math.fsum(text.nats - text.end_nats for text in self.texts))
+
+    @property
+    def slam_llm(self) -> float:
+        """What the script of SLAM-ASR's authors (compute_ppl.py) prints of these texts."""
+        return self._exp(
+            math.fsum(
+                text.words * (text.nats - text.end_nats) / (text.tokens - 1) for text in self.texts
+            )
+        )
+
+    def _exp(self, nats: float) -> float:
+        return math.exp(nats / self.words) if nats / self.words < 700 else math.inf
 
     def to_dict(self) -> dict[str, Any]:
-        value = self.value if math.isfinite(self.value) else None
+        values = {
+            "perplexity": self.value,
+            "perplexity_without_end": self.without_end,
+            "perplexity_slam_llm": self.slam_llm,
+        }
         return {
-            "perplexity": value,
+            **{name: value if math.isfinite(value) else None for name, value in values.items()},
+            "precision": self.precision,
             "nats": self.nats,
             "words": self.words,
             "tokens": self.tokens,
@@ -79,9 +106,9 @@ class Perplexity:
         }
 
 
-def perplexity_text(found: Perplexity) -> str:
+def perplexity_text(value: float) -> str:
     """As people read it."""
-    return f"{found.value:,.2f}" if found.value < 1e6 else f"{found.value:.3g}"
+    return f"{value:,.2f}" if value < 1e6 else f"{value:.3g}"
 
 
 @torch.inference_mode()
@@ -114,7 +141,7 @@ def word_perplexity(llm: LLM, texts: Sequence[str]) -> Perplexity:
                 f"{llm.max_tokens}. Break it into shorter lines."
             )
     device = next(llm.parameters()).device
-    nats = [0.0] * len(texts)
+    nats: list[tuple[float, float]] = [(0.0, 0.0)] * len(texts)
     training = llm.training
     llm.eval()
     try:
@@ -126,9 +153,10 @@ def word_perplexity(llm: LLM, texts: Sequence[str]) -> Perplexity:
         llm.train(training)
     return Perplexity(
         tuple(
-            Likelihood(cost, len(text.split()), len(ids) - 1)
-            for cost, text, ids in zip(nats, texts, tokens, strict=True)
-        )
+            Likelihood(cost, len(text.split()), len(ids) - 1, last)
+            for (cost, last), text, ids in zip(nats, texts, tokens, strict=True)
+        ),
+        str(llm.dtype).removeprefix("torch."),
     )
 
 
@@ -143,15 +171,15 @@ def _batches(lengths: Sequence[int], llm: LLM) -> Iterator[list[int]]:
         yield from (places[first : first + size] for first in range(0, len(places), size))
 
 
-def _nats(llm: LLM, tokens: torch.Tensor) -> list[float]:
-    """Negative log-likelihood of each row of tokens (B, L), but for the first token."""
+def _nats(llm: LLM, tokens: torch.Tensor) -> list[tuple[float, float]]:
+    """Negative log-likelihood of each row of tokens (B, L) but the first, and of the last alone."""
     mask = torch.ones_like(tokens)
     keep = torch.arange(tokens.shape[1] - 1, device=tokens.device)
     logits = llm.logits(llm.embed(tokens), mask, keep)  # (B, L - 1, V)
     targets = tokens[:, 1:].reshape(-1)
     lost = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
-    sums: list[float] = lost.reshape(len(tokens), -1).double().sum(dim=1).tolist()
-    return sums
+    rows = lost.reshape(len(tokens), -1).double()
+    return list(zip(rows.sum(dim=1).tolist(), rows[:, -1].tolist(), strict=True))
 
 
 def is_run(name: str) -> bool:

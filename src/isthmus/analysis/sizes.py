@@ -3,17 +3,19 @@
 The recipe itself builds it, on torch's meta device: sizes without weights.
 """
 
-import logging
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import TypeAdapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.analysis.unmade import Makers, Pretrained, build_sized, supposed
 from isthmus.model.encoder import Encoder, EncoderSettings, parameters
 from isthmus.model.layers import decoder_layers
 from isthmus.model.llm import LLMSettings
@@ -21,28 +23,36 @@ from isthmus.model.parts import on_meta
 from isthmus.model.presets import PRESETS
 from isthmus.model.quantise import RowScaledLinear, quantise
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Recipe
+from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe
+from isthmus.recipe_settings import SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 NF4_BITS = 4.5  # of a weight, with its share of a scale for every 64
 
 
 @contextmanager
-def sized_model(recipe: Recipe) -> Iterator[SpeechLLM]:
+def sized_model(recipe: Recipe, makers: Makers) -> Iterator[SpeechLLM]:
     """The model that `recipe` builds, on the meta device and not yet quantised.
 
     Scales of quantised weights would count as parameters. Raises IsthmusError for models that are
     not known offline.
     """
     plain = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"quantise": "none"})})
-    with on_meta(), _quiet():
-        yield plain.build()
+    with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
+        yield supposed(plain, Path(folder), makers).build()
+
+
+@contextmanager
+def sized_pretraining(recipe: CTCRecipe | LanguageRecipe, makers: Makers) -> Iterator[Pretrained]:
+    """The same of a model that is trained alone."""
+    with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
+        yield build_sized(supposed(recipe, Path(folder), makers), Path(folder) / "new")
 
 
 def preset_parameters(name: str) -> int:
     """Parameters of a known model as a part of a recipe; of encoders without their heads."""
     kind = str(PRESETS[name].config["model_type"])
-    with on_meta(), _quiet():
+    with on_meta():
         if PRESETS[name].kind == "llm":
             return parameters(LLMSettings(path=name).build())[0]
         part = {"type": "conformer" if kind.startswith("parakeet") else kind, "path": name}
@@ -129,13 +139,13 @@ def frame_bytes(recipe: Recipe, encoder: Encoder, seconds: float) -> int:
     return encoder.output_length(int(seconds * SAMPLE_RATE)) * encoder.dim * number
 
 
-def mean_batch(recipe: Recipe, seconds: float, positions: int) -> float:
+def mean_batch(train: TrainSettings, seconds: float, positions: int) -> float:
     """Utterances of a batch, on the mean."""
-    train = recipe.train
     if train.batch_size is not None:
         return float(train.batch_size)
     if train.max_duration is not None:
         return max(1.0, train.max_duration / seconds)
+    assert isinstance(train, SpeechTrainSettings)
     assert train.max_tokens is not None
     return max(1.0, train.max_tokens / positions)
 
@@ -145,15 +155,3 @@ def token_count(tokenizer: Any, texts: list[str]) -> float:
     return 1 + math.fsum(
         len(tokenizer.encode(text, add_special_tokens=False)) for text in texts
     ) / len(texts)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No word about the precisions and devices of weights that are not there."""
-    log = logging.getLogger("isthmus.model")
-    level = log.level
-    log.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        log.setLevel(level)

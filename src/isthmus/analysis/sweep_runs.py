@@ -47,11 +47,9 @@ from isthmus.scoring import normaliser
 from isthmus.speech.synthesis import draw_texts, synthesise_corpus
 from isthmus.training.batches import transcript
 from isthmus.training.checkpoint import Progress
-from isthmus.training.folder import ENVIRONMENT
+from isthmus.training.folder import ENVIRONMENT, MODEL, PARTS
 from isthmus.training.loop import METRICS, OnStep
 from isthmus.training.runs import (
-    MODEL,
-    PARTS,
     Opening,
     pretrain_ctc,
     pretrain_lm,

@@ -27,6 +27,11 @@ from isthmus.scoring.significance import PairedResult, paired_mean
 
 ALL = "all"
 RESAMPLES = 2000
+PERPLEXITIES = {
+    "perplexity": "perplexity",
+    "perplexity_without_end": "without the end",
+    "perplexity_slam_llm": "by the authors' script",
+}
 Result = Mapping[str, Any]
 Cells = list[str]
 
@@ -294,7 +299,8 @@ def _training(table: Table) -> tuple[Cells, list[Cells]]:
     printed = list(dict.fromkeys(name for row in table.rows for name in row.printed))
     tests = list(table.plan.scale.test) if "perplexity" in table.plan.sweep.measure else []
     titles = ["Row", "encoder", "projector", "LLM", "trained", "emergence at step", "to accuracy"]
-    titles += ["steps", "best loss", "training"] + [f"{name}: perplexity" for name in tests]
+    titles += ["steps", "best loss", "training"]
+    titles += [f"{name}: {title}" for name in tests for title in PERPLEXITIES.values()]
     rows = []
     for row in table.rows:
         result = table.results.get(row.name)
@@ -311,8 +317,9 @@ def _figures(result: Result, tests: Sequence[str]) -> Cells:
     cells += [f"{result['steps']:,}", DASH if loss is None else f"{loss:.3f}"]
     cells.append(duration_text(result["training_seconds"]))
     for name in tests:
-        found = result.get("perplexity", {}).get(name, {}).get("perplexity")
-        cells.append(DASH if found is None else f"{found:,.2f}")
+        values = result.get("perplexity", {}).get(name, {})
+        found = [values.get(key) for key in PERPLEXITIES]
+        cells += [DASH if one is None else f"{one:,.2f}" for one in found]
     return cells
 
 
@@ -326,6 +333,12 @@ def _notes(table: Table) -> Iterator[str]:
             "come from drawing the utterances anew, differences and p from the same draws for "
             "both rows (matched pairs): few utterances or speakers make them too narrow."
         )
+    measured = [one for result in results.values() for one in result.get("perplexity", {}).values()]
+    if precisions := sorted({one["precision"] for one in measured if "precision" in one}):
+        yield (
+            f"Perplexity a word, of weights in {', '.join(precisions)}, the end token counted, and "
+            "not; the authors' script weights each text's mean over its tokens by its words."
+        )
     if table.plan.scale.average == "sets":
         yield "All test sets together: the mean of their rates, each set weighing the same."
     missing = [row.name for row in table.rows if row.name not in {*results, *table.failed}]
@@ -338,6 +351,11 @@ def _notes(table: Table) -> Iterator[str]:
             if scores["left_out"]:
                 reasons = ", ".join(f"{n} {reason}" for reason, n in scores["left_out"].items())
                 yield f"Left out of {test} in row {name}: {reasons}."
+            if scores["missing"]:
+                yield (
+                    f"Counted as deleted in {test}, row {name}: the words of {scores['missing']} "
+                    "recordings that could not be heard."
+                )
     made: dict[str, Cells] = {}
     for name, result in results.items():
         facts = {k: v for k, v in result["environment"].items() if isinstance(v, str)}

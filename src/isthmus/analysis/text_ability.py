@@ -21,7 +21,7 @@ from isthmus.model.llm import LLM, LoraSettings
 from isthmus.model.parts import Tune, choose_device
 from isthmus.recipe import Recipe
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
-from isthmus.training.runs import load_run
+from isthmus.training.stored import load_run
 
 RESAMPLES = 1000
 
@@ -64,12 +64,13 @@ class TextAbility:
     def lines(self) -> list[str]:
         """For people."""
         found = [
-            f"perplexity a word of {self.before.words:,} words, llm.tune {self.tune}:",
-            f"as it came:      {perplexity_text(self.before)}",
-            f"in the run:      {perplexity_text(self.after)}",
+            f"perplexity a word of {self.before.words:,} words, llm.tune {self.tune}, "
+            f"{self.before.precision}:",
+            f"as it came:      {perplexity_text(self.before.value)}",
+            f"in the run:      {perplexity_text(self.after.value)}",
         ]
         if self.merged:
-            found.append(f"adapters merged: {perplexity_text(self.merged)}")
+            found.append(f"adapters merged: {perplexity_text(self.merged.value)}")
         if self.equal:
             return [*found, "equal to the last bit, and so are the weights (SHA-256)"]
         if not self.sound:

@@ -25,24 +25,26 @@ from typing import Any, Protocol
 
 import torch
 from lhotse.cut import Cut, MonoCut
+from lhotse.utils import fastcopy
 
 from isthmus.decoding.formats import transcript_dict
-from isthmus.decoding.transcriber import Result, decode_settings, load, run_folder
+from isthmus.decoding.recogniser import Result
+from isthmus.decoding.systems import load_system, system_folder, system_settings
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, recover_folder, write_atomic
 from isthmus.model.parts import source
 from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import DecodeSettings
+from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
-from isthmus.training.folder import DEFAULT, RECIPE
-from isthmus.training.loop import BEST, CHECKPOINTS
-from isthmus.training.runs import PARTS as FROZEN
+from isthmus.training.folder import BEST, CHECKPOINTS, DEFAULT, RECIPE
+from isthmus.training.folder import PARTS as FROZEN
+from isthmus.training.languages import language
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
@@ -56,13 +58,13 @@ log = logging.getLogger(__name__)
 
 
 class Hears(Protocol):
-    """What a job needs of a Transcriber."""
+    """What a job needs of a Recogniser."""
 
     def check_words(self, wanted: bool) -> None: ...
 
     def results(
         self, audio: Sequence[Cut], *, word_timestamps: bool = False
-    ) -> Iterator[Result[Transcript]]: ...
+    ) -> Iterator[Result]: ...
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class System:
 
     load: Callable[[], Hears]
     model: Mapping[str, str]  # SHA-256 by what it is of
-    decode: DecodeSettings
+    decode: RecogniserSettings
 
 
 @dataclass(frozen=True)
@@ -89,23 +91,26 @@ def system(
     align_model: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> System:
-    """The system of a run folder, not loaded yet; arguments are those of `transcriber.load`.
+    """The system of that name, not loaded yet; arguments are those of `load_system`.
 
     Raises IsthmusError.
     """
-    folder = run_folder(run)
-    decode = decode_settings(folder, settings or {})
+    folder = system_folder(run)
+    decode = system_settings(folder, settings or {})
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})
-    model = {
-        "recipe": sha256(folder / RECIPE),
-        "frozen": sha256(folder / FROZEN),
-        "trained": sha256(_weights(folder) / WEIGHTS),
-    }
+    if (folder / RECIPE).is_file():
+        model = {
+            "recipe": sha256(folder / RECIPE),
+            "frozen": sha256(folder / FROZEN),
+            "trained": sha256(_weights(folder) / WEIGHTS),
+        }
+    else:
+        model = {"pretrained": _digest(sorted(source(str(folder)).sha256.items()))}
     if align_model:
         model["aligner"] = _digest(sorted(source(align_model).sha256.items()))
-    loader = partial(load, run, align_model=align_model, **decode.model_dump())
+    loader = partial(load_system, run, align_model=align_model, **decode.model_dump())
     return System(loader, model, decode)
 
 
@@ -392,7 +397,7 @@ def _utterances(corpora: Sequence[str]) -> tuple[list[Cut], list[Row]]:
                 row = {"id": cut.id, "audio_filepath": _audio(cut)}
                 duplicates.append(row | {"status": "rejected:duplicate_id", "error": reason})
             else:
-                found[cut.id] = cut.drop_supervisions()
+                found[cut.id] = cut.map_supervisions(partial(fastcopy, text=None))
     return list(found.values()), duplicates
 
 
@@ -410,7 +415,7 @@ def _facts(cut: Cut) -> list[Any]:
     """What tells a cut from others as far as transcripts go."""
     fault = _custom(cut).get(FAULT, ("",))[0]
     place = [cut.start, cut.channel] if isinstance(cut, MonoCut) else []
-    return [cut.id, _audio(cut), cut.duration, fault, *place]
+    return [cut.id, _audio(cut), cut.duration, language(cut), fault, *place]
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -11,6 +11,7 @@ states (a gap before each letter and after the last), N frames of loudness.
 
 import itertools
 import unicodedata
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,7 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths
 from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder
 from isthmus.model.parts import load_network, loading, model_type, resolve
 from isthmus.speech.audio import SAMPLE_RATE
@@ -72,12 +73,19 @@ class PretrainedCTC(nn.Module):
         logits: Tensor = self.head(frames)
         return logits.float().log_softmax(dim=-1)
 
+    def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
+        """Best path: repeats joined, blanks dropped."""
+        paths = best_paths(log_probs, num_frames, self.blank)
+        # whose own joining would take the second of two letters, now that no blank parts them
+        return [str(self.tokenizer.decode(one, group_tokens=False)).strip() for one in paths]
+
 
 CTCModel: TypeAlias = ConformerCTC | PretrainedCTC
+CTC_TYPES = ("wav2vec2", "hubert", "wavlm", "parakeet_ctc")
 
 
 def load_ctc(path: str, revision: str | None = None) -> CTCModel:
-    """A CTC model to align with: a Conformer of `isthmus pretrain-ctc`, or one of transformers.
+    """A CTC model to spell or align with: of `isthmus pretrain-ctc`, or one of transformers.
 
     Those are wav2vec 2.0, HuBERT, WavLM and Parakeet, with their own tokenizers.
     Raises IsthmusError.
@@ -86,20 +94,18 @@ def load_ctc(path: str, revision: str | None = None) -> CTCModel:
     if (folder / FRONT_END_FILE).is_file():
         return ConformerCTC.load(folder).eval()
     kind = model_type(folder)
-    if kind not in ("wav2vec2", "hubert", "wavlm", "parakeet_ctc"):
+    if kind not in CTC_TYPES:
         raise IsthmusError(
-            f"Words cannot be aligned with {path}: it is a {kind!r} model. Name a CTC model: "
-            "wav2vec2, hubert, wavlm, parakeet_ctc, or one of `isthmus pretrain-ctc`."
+            f"{path} is a {kind!r} model, which cannot spell by CTC. Name a CTC model: "
+            f"{', '.join(CTC_TYPES)}, or one of `isthmus pretrain-ctc`."
         )
     network = load_network(AutoModelForCTC, folder, path)
     if getattr(network.config, "add_adapter", False):
         raise IsthmusError(
-            f"Words cannot be aligned with {path}: it has an adapter behind its encoder "
-            "(add_adapter in config.json). Name a CTC model without one."
+            f"{path} cannot be used: it has an adapter behind its encoder (add_adapter in "
+            "config.json). Name a CTC model without one."
         )
-    with loading(path):
-        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    extractor, tokenizer = load_processor(folder, path, network)
     encoder: SelfSupervisedEncoder | ParakeetEncoder
     if kind == "parakeet_ctc":
         encoder, head = ParakeetEncoder(network.encoder, extractor), network.ctc_head
@@ -107,6 +113,20 @@ def load_ctc(path: str, revision: str | None = None) -> CTCModel:
         encoder = SelfSupervisedEncoder(network.base_model, bool(extractor.do_normalize))
         head = network.lm_head
     return PretrainedCTC(encoder, head, tokenizer, int(network.config.pad_token_id)).eval()
+
+
+def load_processor(folder: Path, path: str, network: Any) -> tuple[Any, Any]:
+    """The feature extractor and the tokenizer of a recogniser; raises IsthmusError."""
+    with loading(path):
+        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    known, written = len(tokenizer), int(network.config.get_text_config(decoder=True).vocab_size)
+    if 2 * known < written:  # transformers makes an empty one where there are no files
+        raise IsthmusError(
+            f"{path}: its tokenizer knows {known} of the {written} tokens that the model writes. "
+            f"The files of the tokenizer are missing in {folder}: download it again."
+        )
+    return extractor, tokenizer
 
 
 def align_words(

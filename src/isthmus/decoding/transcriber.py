@@ -1,19 +1,15 @@
 """From audio to text with a trained run."""
 
 import importlib.util
-import itertools
 import logging
 import math
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeAlias, TypedDict, TypeVar, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
-import numpy as np
 import torch
-from lhotse.cut import Cut
 from torch import Tensor
 
 from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
@@ -21,72 +17,45 @@ from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search
 from isthmus.decoding.confidence import word_confidences
 from isthmus.decoding.draft import draft_search
 from isthmus.decoding.fusion import Hotwords, NGram, NGramFusion, read_arpa
-from isthmus.decoding.inputs import recording_seconds
 from isthmus.decoding.joint import CANDIDATES, CTCPrefixScorer, CTCSpelling
-from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, split
-from isthmus.decoding.timestamps import CTCModel, align_words, load_ctc
-from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
+from isthmus.decoding.recogniser import Recogniser, Speech
+from isthmus.decoding.timestamps import CTCModel, load_ctc
+from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
+from isthmus.model.conformer import ConformerCTC
+from isthmus.model.features import padded
 from isthmus.model.hub import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import change_settings
 from isthmus.recipe_settings import DecodeSettings
-from isthmus.speech.activity import Region, has_speech, speech_regions
-from isthmus.speech.audio import (
-    SAMPLE_RATE,
-    audio_blocks,
-    check_samples,
-    load_audio,
-)
-from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import collate
-from isthmus.training.data import feature_cache
-from isthmus.training.features import FeatureCache
+from isthmus.speech.activity import has_speech
 from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.runs import load_run, stored_recipe
+from isthmus.training.stored import load_run, stored_recipe
+
+if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
+    from isthmus.training.features import FeatureCache
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
-Audio: TypeAlias = str | Path | bytes | np.ndarray | Cut
-Heard = TypeVar("Heard")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Result(Generic[Heard]):
-    """What was heard in the audio at place `index`, or why nothing could be."""
+class Transcriber(Recogniser):
+    """A run's model with its decoding settings.
 
-    index: int
-    found: Heard | IsthmusError
-    seconds: float = 0.0  # of computing, its share of the batch's
-
-
-@dataclass(frozen=True)
-class Speech:
-    """One utterance, loaded."""
-
-    waveform: np.ndarray  # (S,) float32, 16 kHz
-    key: str | None = None  # in the feature cache, if it may be there
-
-    @property
-    def seconds(self) -> float:
-        return len(self.waveform) / SAMPLE_RATE
-
-
-class Transcriber:
-    """A model with its decoding settings; the text of an utterance depends on nothing else.
-
-    With a `cache`, the encoder's frames of cuts are read from it and kept in it. `aligner` gives
-    words their times; the encoder's own CTC head does where there is one. `ngram` is what
+    The encoder's own CTC head gives words their times where there is no `aligner`. `ngram` is what
     `settings.ngram` names, if that was read already.
     """
+
+    settings: DecodeSettings
+    ctc: ConformerCTC | None
 
     def __init__(
         self,
         model: SpeechLLM,
         settings: DecodeSettings,
-        cache: FeatureCache | None = None,
+        cache: "FeatureCache | None" = None,
         aligner: CTCModel | None = None,
         ngram: NGram | None = None,
     ):
@@ -117,107 +86,8 @@ class Transcriber:
     def _device(self) -> torch.device:
         return next(self.model.projector.parameters()).device
 
-    @overload
-    def transcribe(self, audio: Audio, *, word_timestamps: bool = False) -> Transcript: ...
-
-    @overload
-    def transcribe(
-        self, audio: Sequence[Audio], *, word_timestamps: bool = False
-    ) -> list[Transcript]: ...
-
-    def transcribe(
-        self, audio: Audio | Sequence[Audio], *, word_timestamps: bool = False
-    ) -> Transcript | list[Transcript]:
-        """One transcript, or a list for a list, a tuple or another sequence.
-
-        Audio is a path, bytes, 16 kHz samples (S,) as floats of full scale 1, or a cut of a corpus,
-        of any length. Raises IsthmusError for what cannot be read; `results` goes on with the
-        others.
-        """
-        alone = not isinstance(audio, Sequence) or isinstance(audio, str | bytes | bytearray)
-        items = cast(Sequence[Audio], [audio] if alone else audio)
-        transcripts: dict[int, Transcript] = {}
-        for result in self.results(items, word_timestamps=word_timestamps):
-            if isinstance(result.found, IsthmusError):
-                raise result.found
-            transcripts[result.index] = result.found
-        in_order = [transcripts[index] for index in range(len(items))]
-        return in_order[0] if alone else in_order
-
-    def results(
-        self, audio: Sequence[Audio], *, word_timestamps: bool = False
-    ) -> Iterator[Result[Transcript]]:
-        """A transcript or a fault of each, as soon as it is known: the shortest audio first."""
-        self.check_words(word_timestamps)
-        durations: dict[int, float] = {}
-        for index, one in enumerate(audio):
-            try:
-                durations[index] = _seconds(one)
-            except IsthmusError as error:
-                yield Result(index, error)
-        short = [index for index in durations if durations[index] <= self.longest]
-
-        def hear(speech: list[Speech]) -> list[Transcript]:
-            heard = iter(self._hear([one for one in speech if self.fits(one)], word_timestamps))
-            found = [
-                (next(heard).timed_by_words(),)
-                if self.fits(one)  # else it is longer than was said of it
-                else tuple(self._segments(self.chunks(one.waveform), word_timestamps))
-                for one in speech
-            ]
-            return [Transcript(own, one.seconds) for own, one in zip(found, speech, strict=True)]
-
-        batches = self.each_batch([audio[i] for i in short], [durations[i] for i in short], hear)
-        for result in batches:
-            found = result.found
-            if isinstance(found, Transcript):
-                found = replace(found, seconds=result.seconds)
-            yield replace(result, index=short[result.index], found=found)
-        for index in sorted(durations.keys() - set(short)):
-            yield self._long(index, audio[index], word_timestamps)
-
-    def stream(self, audio: Audio, *, word_timestamps: bool = False) -> Iterator[Segment]:
-        """The segments of a recording of any length, in order, as they are decoded."""
-        self.check_words(word_timestamps)
-        yield from self._segments(self.chunks(audio), word_timestamps)
-
-    def each_batch(
-        self,
-        audio: Sequence[Audio],
-        durations: Sequence[float],
-        hear: Callable[[list[Speech]], list[Heard]],
-    ) -> Iterator[Result[Heard]]:
-        """What `hear` finds in batches of utterances of like length, or the fault of each."""
-        order = sorted(range(len(audio)), key=lambda index: durations[index])
-        for start in range(0, len(order), self.settings.batch_size):
-            loaded: dict[int, Speech] = {}
-            for index in order[start : start + self.settings.batch_size]:
-                try:
-                    loaded[index] = Speech(self.load(audio[index]), self._key(audio[index]))
-                except IsthmusError as error:
-                    yield Result(index, error)
-            if loaded:
-                started = time.perf_counter()
-                found = hear(list(loaded.values()))
-                share = (time.perf_counter() - started) / len(loaded)
-                for index, heard in zip(loaded, found, strict=True):
-                    yield Result(index, heard, share)
-
-    def load(self, audio: Audio) -> np.ndarray:
-        """The waveform (S,), 16 kHz mono float32. Raises AudioError where it cannot be read."""
-        return _waveform(audio)
-
-    def check_words(self, wanted: bool) -> None:
-        """Raise IsthmusError if words are wanted and nothing can tell when they were said."""
-        if wanted and self.aligner is None:
-            raise IsthmusError(
-                f"Word timestamps need a CTC model, and {self.without_ctc}. Name one with "
-                "--align-model."
-            )
-
     @property
     def without_ctc(self) -> str:
-        """Why the encoder cannot spell by itself, where it cannot."""
         if self.model.encoder.ctc is None:
             return "this run's encoder has no CTC head"
         return "this run trained its encoder (encoder.tune), for which its CTC head is too old"
@@ -246,51 +116,6 @@ class Transcriber:
                 )
         return seconds
 
-    def _long(self, index: int, audio: Audio, words: bool) -> Result[Transcript]:
-        """A recording that is decoded in chunks."""
-        started = time.perf_counter()
-        try:
-            chunks = self.chunks(audio)
-            segments = tuple(self._segments(chunks, words))
-        except IsthmusError as error:
-            return Result(index, error)
-        seconds = time.perf_counter() - started
-        return Result(index, Transcript(segments, chunks.duration, seconds=seconds), seconds)
-
-    def fits(self, speech: Speech) -> bool:
-        """Whether it can be decoded as one."""
-        return speech.seconds <= self.longest
-
-    def chunks(self, audio: Audio) -> Chunks:
-        """The speech in a recording of any length, in pieces that can be decoded as one."""
-        overlap = min(OVERLAP_SECONDS, self.longest / 4)
-        cut = partial(
-            split, max_seconds=self.longest, overlap_seconds=overlap, detect=self._regions
-        )
-        if isinstance(audio, str | Path | bytes):
-            return cut(audio_blocks(audio))
-        return cut(_waveform(audio))
-
-    def _regions(self, waveform: np.ndarray) -> list[Region]:
-        """Where somebody speaks; everywhere, without a gate."""
-        gate = self.settings.gate
-        if gate == "none":
-            return [(0.0, len(waveform) / SAMPLE_RATE)]
-        if not waveform.any():  # hours of nothing are over at once
-            return []
-        return speech_regions(waveform, gate)
-
-    def _segments(self, chunks: Iterator[Chunk], words: bool) -> Iterator[Segment]:
-        def decoded() -> Iterator[tuple[Segment, float]]:
-            while batch := list(itertools.islice(chunks, self.settings.batch_size)):
-                # The gate has let them pass already.
-                heard = self._decode([Speech(chunk.waveform) for chunk in batch], words)
-                for chunk, segment in zip(batch, heard, strict=True):
-                    yield segment.shifted(chunk.start), chunk.overlap
-
-        for segment in joined(decoded()):  # which goes by the times of the chunks
-            yield segment.timed_by_words()
-
     def _hear(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         """A segment for each; one without text, decoded by nobody, where nobody speaks."""
         gate = self.settings.gate
@@ -312,8 +137,9 @@ class Transcriber:
         ]
         if not words:
             return segments
+        known = self.aligner is self.ctc
         return [
-            replace(segment, words=self._words(one, own, segment))
+            replace(segment, words=self._timed(one, segment, own if known else None))
             for one, own, segment in zip(speech, frames, segments, strict=True)
         ]
 
@@ -356,28 +182,13 @@ class Transcriber:
         assert self.ctc is not None
         length = torch.tensor([len(frames)])
         (text,) = self.ctc.greedy(self._ctc_log_probs(frames)[None], length)
-        tokenizer = self.model.llm.tokenizer
-        return list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
+        return self.model.transcript_tokens(text)
 
     def _ctc_log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (T, V) of the units of the encoder's CTC head in frames (T, D)."""
         ctc = self.ctc
         assert ctc is not None
         return ctc.log_probs(frames[None].to(ctc.network.dtype))[0].cpu()
-
-    def _words(self, speech: Speech, frames: Tensor, segment: Segment) -> tuple[Word, ...]:
-        ctc = self.aligner
-        assert ctc is not None
-        if ctc is not self.ctc:
-            samples = torch.from_numpy(speech.waveform)[None].to(self._device)
-            own, lengths = ctc(samples, torch.tensor([samples.shape[1]], device=self._device))
-            frames = own[0, : int(lengths[0])]
-        log_probs = ctc.log_probs(frames[None].to(next(ctc.parameters()).dtype))[0]
-        words = align_words(log_probs.cpu(), segment.text, ctc, speech.waveform)
-        if len(words) != len(segment.confidences):
-            return words
-        pairs = zip(words, segment.confidences, strict=True)
-        return tuple(replace(word, confidence=sure) for word, sure in pairs)
 
     def _frames(self, speech: Sequence[Speech]) -> list[Tensor]:
         """The encoder's frames (T, D) of each."""
@@ -390,11 +201,8 @@ class Transcriber:
             ]
         if self.settings.strict:
             return [model.encode_alone(waveform) for waveform in waveforms]
-        batch = collate([""] * len(speech), [one.waveform for one in speech], [])
-        return model.encode(batch.waveforms.to(device), batch.num_samples.to(device))
-
-    def _key(self, audio: Audio) -> str | None:
-        return self.cache.key(audio) if self.cache is not None and isinstance(audio, Cut) else None
+        rows, num_samples = padded([one.waveform for one in speech])
+        return model.encode(rows.to(device), num_samples.to(device))
 
     def _budget(self, seconds: float) -> int:
         """Tokens that a transcript may have, its end token among them."""
@@ -468,10 +276,15 @@ def load(
     decode = decode_settings(folder, settings)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     model, recipe = load_run(folder)
+    cache = None
+    if cached:
+        from isthmus.training.data import feature_cache
+
+        cache = feature_cache(recipe, model)
     return Transcriber(
         model,
         decode,
-        feature_cache(recipe, model) if cached else None,
+        cache,
         load_ctc(align_model) if align_model else None,
         ngram,
     )
@@ -506,39 +319,3 @@ def _scorers(settings: DecodeSettings, tokenizer: Any, ngram: NGram | None) -> l
 def run_folder(run: str | Path) -> Path:
     """The folder of a run; `default` is the shipped one, `owner/name` one of the hub."""
     return local_run(run) or download(str(run), None, RUN_FILES)
-
-
-def _waveform(audio: Audio) -> np.ndarray:
-    if isinstance(audio, Cut):
-        return load_cut(audio)
-    if isinstance(audio, np.ndarray):
-        if audio.ndim != 1 or not len(audio):
-            raise IsthmusError(f"Samples must have shape (S,), 16 kHz mono; got {audio.shape}.")
-        if not np.issubdtype(audio.dtype, np.floating):
-            raise IsthmusError(
-                f"Samples must be floats of full scale 1, such as float32; got {audio.dtype}. "
-                "Divide integers by their full scale (32768 for int16)."
-            )
-        check_samples(audio, f"array of {len(audio)} samples")
-        return audio.astype(np.float32, copy=False)
-    if isinstance(audio, str | Path | bytes):
-        return load_audio(audio)
-    raise _no_audio(audio)
-
-
-def _seconds(audio: Audio) -> float:
-    """Its length as its header or its manifest says; raises IsthmusError for what is no audio."""
-    if isinstance(audio, Cut):
-        return float(audio.duration)
-    if isinstance(audio, np.ndarray):
-        return audio.size / SAMPLE_RATE
-    if isinstance(audio, str | Path | bytes):
-        return recording_seconds(audio)
-    raise _no_audio(audio)
-
-
-def _no_audio(given: object) -> IsthmusError:
-    return IsthmusError(
-        f"Audio cannot be of type {type(given).__name__}. Give a path, bytes, a numpy array of "
-        "16 kHz samples or a cut of a corpus."
-    )

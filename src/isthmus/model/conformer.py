@@ -96,12 +96,8 @@ class ConformerCTC(nn.Module):
 
     def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
         """Best path: repeats joined, blanks dropped."""
-        best = log_probs.argmax(dim=-1).tolist()
-        texts = []
-        for path, length in zip(best, num_frames.tolist(), strict=True):
-            units = [unit for unit, _ in itertools.groupby(path[:length]) if unit != self.blank]
-            texts.append(" ".join(str(self.tokenizer.decode(units)).split()))
-        return texts
+        paths = best_paths(log_probs, num_frames, self.blank)
+        return [" ".join(str(self.tokenizer.decode(units)).split()) for units in paths]
 
     def save(self, folder: Path) -> None:
         """Write the folder that `load` reads; weights in half precision, loaded as fp32 again."""
@@ -135,22 +131,40 @@ class ConformerCTC(nn.Module):
         front_end: LogMelSettings,
     ) -> "ConformerCTC":
         """A model with random weights."""
-        encoder = AutoConfig.for_model(
-            "parakeet_encoder",
-            num_mel_bins=front_end.num_mels,
-            # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
-            initializer_range=architecture.hidden_size**-0.5,
-            **architecture.model_dump(),
-        )
-        config = AutoConfig.for_model(
-            "parakeet_ctc",
-            encoder_config=encoder,
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            ctc_loss_reduction="sum",
-        )
+        config = initial_config(architecture, tokenizer, front_end)
         network = AutoModelForCTC.from_config(config, trust_remote_code=False)
         return cls(network, tokenizer, front_end)
+
+
+def best_paths(log_probs: Tensor, num_frames: Tensor, blank: int) -> list[list[int]]:
+    """The units of each utterance's best path: repeats joined, blanks dropped."""
+    best = zip(log_probs.argmax(dim=-1).tolist(), num_frames.tolist(), strict=True)
+    return [
+        [unit for unit, _ in itertools.groupby(path[:length]) if unit != blank]
+        for path, length in best
+    ]
+
+
+def initial_config(
+    architecture: ConformerArchitecture,
+    tokenizer: PreTrainedTokenizerFast,
+    front_end: LogMelSettings,
+) -> Any:
+    """The configuration of a new model (transformers' ParakeetCTCConfig)."""
+    encoder = AutoConfig.for_model(
+        "parakeet_encoder",
+        num_mel_bins=front_end.num_mels,
+        # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
+        initializer_range=architecture.hidden_size**-0.5,
+        **architecture.model_dump(),
+    )
+    return AutoConfig.for_model(
+        "parakeet_ctc",
+        encoder_config=encoder,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        ctc_loss_reduction="sum",
+    )
 
 
 def subsampled_length(encoder_config: Any, num_features: int) -> int:

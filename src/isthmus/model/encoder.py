@@ -18,10 +18,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
+from transformers.masking_utils import create_bidirectional_mask
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
-from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, full_precision
+from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, without_autocast
 from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
@@ -95,19 +96,24 @@ class WhisperEncoder(Encoder):
     """Whisper's encoder, 50 frames a second.
 
     Audio is padded to 30 s, as Whisper was trained (SLAM-ASR found results worse without), and the
-    frames of padding are dropped again. Unpadded, each utterance passes alone at its own length.
+    frames of padding are dropped again, unless `keep_padding`: then every utterance has those of
+    30 s. Unpadded, each utterance has its own length.
     """
 
-    def __init__(self, network: Any, extractor: Any, pad_to_30s: bool = True):
+    def __init__(
+        self, network: Any, extractor: Any, pad_to_30s: bool = True, keep_padding: bool = False
+    ):
         super().__init__(network)
         self.extractor = extractor
         self.pad_to_30s = pad_to_30s
+        self.keep_padding = keep_padding
         self.dim = int(network.config.d_model)
         self.frame_rate = SAMPLE_RATE / HOP_SAMPLES / 2
         self.max_seconds = float(extractor.chunk_length)
 
     def output_length(self, num_samples: int) -> int:
-        return max(1, math.ceil(num_samples // HOP_SAMPLES / 2))  # a stride of 2 after the mel hop
+        kept = self.extractor.n_samples if self.keep_padding else num_samples
+        return max(1, math.ceil(kept // HOP_SAMPLES / 2))  # a stride of 2 after the mel hop
 
     def encoded_seconds(self, seconds: float) -> float:
         return max(seconds, float(self.extractor.chunk_length)) if self.pad_to_30s else seconds
@@ -121,19 +127,16 @@ class WhisperEncoder(Encoder):
                 f"{self.max_seconds:g} s that Whisper takes. Cut it into shorter ones."
             )
         lengths = num_samples.tolist()
-        mels = [self._mel(row[:n]) for row, n in zip(waveforms, lengths, strict=True)]
-        if self.pad_to_30s:
-            frames = self.network(torch.stack(mels)).last_hidden_state
-        else:
-            encoded = [self._encode_unpadded(mel) for mel in mels]
-            frames = nn.utils.rnn.pad_sequence(encoded, batch_first=True)
+        frames = self._encode(
+            [self._mel(row[:n]) for row, n in zip(waveforms, lengths, strict=True)]
+        )
         num_frames = torch.tensor([self.output_length(n) for n in lengths], device=frames.device)
         return frames[:, : int(num_frames.max())], num_frames
 
     def _mel(self, waveform: Tensor) -> Tensor:
         """Log-mel features of an utterance (S,): (mels, 3000), or (mels, S / 160) unpadded."""
         short = max(0, 2 * HOP_SAMPLES - len(waveform))  # one frame
-        with full_precision(waveform.device):
+        with without_autocast(waveform.device):
             features = self.extractor(
                 nn.functional.pad(waveform, (0, short)).cpu().numpy(),
                 sampling_rate=SAMPLE_RATE,
@@ -144,15 +147,24 @@ class WhisperEncoder(Encoder):
         mel: Tensor = features["input_features"][0].to(waveform.device, self.network.dtype)
         return mel
 
-    def _encode_unpadded(self, mel: Tensor) -> Tensor:
-        """What the network does, less its demand for 30 s: (mels, T) to frames (T / 2, D)."""
+    def _encode(self, mels: list[Tensor]) -> Tensor:
+        """What the network does, for any lengths: B of (mels, T) to frames (B, T / 2, D).
+
+        Behind an utterance each convolution finds zeros, and no frame attends to what is there, as
+        if it were alone.
+        """
         network = self.network
-        hidden = nn.functional.gelu(network.conv1(mel[None]))
+        lengths = torch.tensor([mel.shape[1] for mel in mels], device=mels[0].device)
+        batch = nn.utils.rnn.pad_sequence([mel.T for mel in mels], batch_first=True)
+        valid = torch.arange(batch.shape[1], device=batch.device) < lengths[:, None]  # (B, T)
+        hidden = nn.functional.gelu(network.conv1(batch.transpose(1, 2)))
+        hidden = hidden.masked_fill(~valid[:, None], 0.0)  # it saw a neighbour, and has a bias
         hidden = nn.functional.gelu(network.conv2(hidden)).transpose(1, 2)
         hidden = hidden + network.embed_positions.weight[: hidden.shape[1]]
+        mask = create_bidirectional_mask(network.config, hidden, valid[:, ::2])
         for layer in network.layers:
-            hidden = layer(hidden, None)
-        frames: Tensor = network.layer_norm(hidden)[0]
+            hidden = layer(hidden, mask)
+        frames: Tensor = network.layer_norm(hidden)
         return frames
 
 
@@ -291,7 +303,7 @@ class ParakeetEncoder(Encoder):
             nn.functional.pad(row[:n], (0, max(0, self.shortest - n))).cpu().numpy()
             for row, n in zip(waveforms, num_samples.tolist(), strict=True)
         ]
-        with full_precision(torch.device("cpu")):
+        with without_autocast(torch.device("cpu")):
             inputs = self.extractor(rows, sampling_rate=SAMPLE_RATE, return_tensors="pt")
         features = inputs["input_features"].to(waveforms.device, self.network.dtype)
         mask = inputs["attention_mask"].to(waveforms.device)
@@ -362,6 +374,17 @@ class WhisperSettings(PretrainedSettings):
     tune: EncoderTune = "frozen"
     pad_to_30s: bool = True
     """False: utterances at their own length, which Whisper was not trained on."""
+    keep_padding: bool = False
+    """The frames of the padding too, as the authors of SLAM-ASR have it: 1500, however short."""
+
+    @model_validator(mode="after")
+    def _padding_to_keep(self) -> "WhisperSettings":
+        if self.keep_padding and not self.pad_to_30s:
+            raise ValueError(
+                "keep_padding is true and pad_to_30s false, so there is no padding to keep: leave "
+                "out one of them"
+            )
+        return self
 
     def build(self) -> WhisperEncoder:
         if not self.pad_to_30s:
@@ -372,7 +395,8 @@ class WhisperSettings(PretrainedSettings):
             )
         folder = _checked_folder(self, {self.type})
         network = load_network(AutoModel, folder, self.path)
-        return WhisperEncoder(network.encoder, _extractor(self, folder), self.pad_to_30s)
+        extractor = _extractor(self, folder)
+        return WhisperEncoder(network.encoder, extractor, self.pad_to_30s, self.keep_padding)
 
 
 class SelfSupervisedSettings(PretrainedSettings):

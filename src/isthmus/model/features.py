@@ -4,9 +4,11 @@ Shapes: B batch, S samples, F mel bins, T feature frames.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -34,6 +36,15 @@ class LogMelSettings(BaseModel):
     """With `peak`: what lies this far below the loudest frame is silence."""
     margin_seconds: float = Field(0.0, ge=0)
     """Silence put before and after each utterance: room for CTC to spell very short words."""
+
+
+def padded(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Waveforms (S,), padded at the end to one tensor (B, S) float32, and their lengths (B,)."""
+    lengths = [len(waveform) for waveform in waveforms]
+    rows = torch.zeros(len(waveforms), max(lengths, default=0))
+    for row, waveform in zip(rows, waveforms, strict=True):
+        row[: len(waveform)] = torch.from_numpy(waveform)
+    return rows, torch.tensor(lengths, dtype=torch.long)
 
 
 class LogMel(nn.Module):
@@ -73,7 +84,7 @@ class LogMel(nn.Module):
         previous = torch.cat([windows[..., :1], windows[..., :-1]], dim=2)
         windows = (windows - PREEMPHASIS * previous) * self.window
         power = torch.fft.rfft(windows, n=FFT_SAMPLES).abs().square()  # (B, T, 257)
-        with full_precision(power.device):
+        with without_autocast(power.device):
             mels = power @ self.filters  # (B, T, F)
         features = mels.clamp_min(torch.finfo(torch.float32).eps).log()
         lengths = [self.output_length(n) for n in num_samples.tolist()]
@@ -92,8 +103,8 @@ class LogMel(nn.Module):
         return relative * (4.0 / span) + 2.0
 
 
-def full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast: front ends lose digits in bfloat16, and those of transformers fail."""
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Everything in the precision it is in: front ends lose digits in bfloat16, or even fail."""
     return torch.autocast(device.type, enabled=False)
 
 

@@ -1,6 +1,5 @@
 """The language model: any causal model of transformers, frozen, with LoRA, or trained whole."""
 
-import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +26,6 @@ from isthmus.model.parts import (
     PretrainedSettings,
     Source,
     Tune,
-    choose_device,
     load_network,
     load_tokenizer,
     resolve,
@@ -37,8 +35,6 @@ from isthmus.model.parts import (
 from isthmus.model.prompt import plain_tokens, special_tokens
 
 CAUSAL = ("forcausallm", "lmheadmodel")  # how classes of causal language models are called
-
-log = logging.getLogger(__name__)
 
 
 class LoraSettings(PartSettings):
@@ -57,7 +53,7 @@ class LLMSettings(PretrainedSettings):
     """The GGUF file to take of the repository or folder; `path` may also name such a file."""
     tune: Tune = "frozen"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto is the model's own, but not float16 in a frozen model."""
+    """Precision of the weights; auto is what the training has, and without one the files' own."""
     quantise: Literal["none", "int8", "int4", "fp8"] = "none"
     """Frozen weights in 8 or 4 bits, or products of float8 numbers (GPUs since Ada)."""
     lora: LoraSettings = LoraSettings()
@@ -75,8 +71,6 @@ class LLMSettings(PretrainedSettings):
         place = resolve(*self._files)
         _require_causal(place, self.path)
         network = load_network(AutoModelForCausalLM, place, self.path, self.dtype)
-        if self.dtype == "auto" and self.tune != "full" and network.dtype == torch.float16:
-            _leave_float16(network, self.path)
         tokenizer = load_tokenizer(place, self.path)
         if self.tune == "lora":
             _add_lora(network, self.lora)
@@ -213,19 +207,6 @@ def _require_tokens(llm: "LLM", path: str) -> None:
         )
     vocabulary = tokenizer.get_vocab() if len(tokenizer) > llm.rows else {}
     llm.require_rows([number for number in vocabulary.values() if number not in special], path)
-
-
-def _leave_float16(network: Any, path: str) -> None:
-    """Gradients that pass through a frozen model must not leave the range of its numbers."""
-    device = choose_device().type
-    network.to(torch.float32 if device == "cpu" else torch.bfloat16)
-    log.info(
-        "%s is stored in float16, in which the projector's gradients would over- and underflow: "
-        "on %s it is held in %s. Set llm.dtype to choose.",
-        path,
-        device,
-        str(network.dtype).removeprefix("torch."),
-    )
 
 
 def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:

@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.model.fetch import FETCHED, part_folder
 from isthmus.model.hub import DESCRIBING, download, download_model
 from isthmus.model.weights import (
     PICKLED,
@@ -71,7 +72,8 @@ class PretrainedSettings(PartSettings):
     """A part that is loaded from a folder or a Hugging Face repository."""
 
     path: str
-    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`)."""
+    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`) or
+    fetched by it (`isthmus/whisper-base`)."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face repository."""
 
@@ -109,11 +111,15 @@ def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> 
         folder = SHIPPED[path]
     elif Path(path).expanduser().is_dir():
         folder = Path(path).expanduser()
-    elif path.startswith("isthmus/"):
-        known = f"Shipped: {', '.join(SHIPPED)}."
-        raise IsthmusError(f"Unknown shipped model {path!r}.{suggest(path, SHIPPED)} {known}")
+    elif path.startswith("isthmus/") and path not in FETCHED:
+        known = [*SHIPPED, *FETCHED]
+        raise IsthmusError(
+            f"Unknown model {path!r} of isthmus.{suggest(path, known)} Known: {', '.join(known)}."
+        )
     elif planned:
         return _planned_folder(planned, path)
+    elif path in FETCHED:
+        folder = part_folder(FETCHED[path])
     elif gguf:
         folder = download(path, revision, [gguf])
     else:

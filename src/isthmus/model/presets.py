@@ -5,6 +5,7 @@ place of its own. What is not said here is the default of transformers.
 """
 
 import difflib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerArchitecture
 from isthmus.model.features import LogMelSettings
+from isthmus.model.fetch import FETCHED, GIVEN, PARTS
 from isthmus.model.llm import CHAT_TEMPLATE
 from isthmus.model.spelling import letter_tokenizer
 
@@ -237,6 +239,13 @@ PRESETS: dict[str, Preset] = {
     "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
     "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, 50_432),
     "EleutherAI/pythia-12b": _pythia(5120, 36, 40, 50_688),
+    **{
+        path: Preset(
+            "encoder" if "whisper" in PARTS[name].given else "llm",
+            json.loads((GIVEN / name / "config.json").read_text(encoding="utf-8")),
+        )
+        for path, name in FETCHED.items()
+    },
 }
 FOREIGN_CODE = {"Qwen/Qwen-7B": "Qwen/Qwen1.5-7B", "Qwen/Qwen-7B-Chat": "Qwen/Qwen1.5-7B"}
 """Models that are code of their own, which is never run; the nearest that is not."""
@@ -290,7 +299,9 @@ def write_preset(name: str, folder: Path) -> None:
 
 def stand_in_tokenizer() -> PreTrainedTokenizerFast:
     """Counts tokens about as an LLM's own does; what they are it does not know."""
-    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
+    tokenizer = Tokenizer(
+        models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "a": 3}, unk_token="<unk>")
+    )
     piece = Regex(rf"\s*\S{{1,{LETTERS_A_TOKEN}}}|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Split(piece, "isolated")
     fast = PreTrainedTokenizerFast(

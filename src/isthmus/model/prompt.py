@@ -1,8 +1,14 @@
 """What the language model reads: one function for training and decoding.
 
-A prompt is a list of segments: trusted text of the template, the user's text, the place of the
-audio, and the transcript with its end token, which alone carry loss. Without a transcript the same
+A prompt is a list of segments: trusted text of the template, the user's text, and the place of the
+audio. The transcript and its end token follow, and alone carry loss; without a transcript the same
 function gives the decoding prompt, a prefix of the training sequence by construction.
+
+The ids are those of the joint text, which is everything in its place and the audio taken out. White
+space at a cut (where the audio stands, and in front of the transcript) is there once: blanks are
+the beginning of what follows, because tokenizers join them to the next word, and line breaks the
+end of what stands before. Where every blank is a token of its own, as in tokenizers of letters,
+they stay as the template has them.
 
 To add a template: a class here with `segments`, and its name in PromptSettings below. Tokenizers
 are any of transformers'; most of their methods have no types.
@@ -10,9 +16,12 @@ are any of transformers'; most of their methods have no types.
 
 import re
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from enum import Enum
+from functools import cached_property, lru_cache
+from itertools import takewhile
 from typing import Annotated, Any, Literal, Self
 
 from jinja2 import TemplateError
@@ -41,35 +50,28 @@ class Kind(Enum):
     TEXT = "text"  # never becomes special tokens
     AUDIO = "audio"  # the projector's embeddings
     BEGIN = "begin"  # the tokenizer's beginning of sequence, if it has one
-    END = "end"  # the token that ends a transcript
+    USUAL = "usual"  # what the tokenizer by itself puts before a text: that, or nothing
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of the sequence."""
+    """A piece of the prompt."""
 
     kind: Kind
     text: str = ""
-    loss: bool = False  # True only for the transcript and its end token
 
 
 AUDIO = Segment(Kind.AUDIO)
 BEGIN = Segment(Kind.BEGIN)
-
-
-def reply(transcript: str | None) -> list[Segment]:
-    """The supervised tail of a training sequence; nothing when decoding."""
-    if transcript is None:
-        return []
-    return [Segment(Kind.TEXT, transcript, loss=True), Segment(Kind.END, loss=True)]
+USUAL = Segment(Kind.USUAL)
 
 
 class Prompt(PartSettings):
-    """A template: where audio, instruction and transcript stand."""
+    """A template: where audio and instruction stand before the transcript."""
 
     @abstractmethod
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
-        """The sequence up to where the transcript begins, and the transcript if there is one."""
+    def segments(self, tokenizer: Any) -> list[Segment]:
+        """The sequence up to where the transcript begins."""
 
     def variants(self) -> tuple[Self, ...]:
         """The prompts with one instruction each that this one stands for."""
@@ -101,18 +103,25 @@ class InstructedPrompt(Prompt):
 
 
 class PaperPrompt(InstructedPrompt):
-    """`USER: <S> <P> ASSISTANT: <T>` (SLAM-ASR, section 3.2)."""
+    """`USER: <S> <P> ASSISTANT: <T>` (SLAM-ASR, section 3.3).
+
+    Without an instruction only the tag ASSISTANT is left (appendix A.2).
+    """
 
     template: Literal["paper"] = "paper"
 
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
-        instruction = [Segment(Kind.TEXT, f" {self.words}")] if self.words else []
-        before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, " ASSISTANT: ")
-        return [BEGIN, before, AUDIO, *instruction, after, *reply(transcript)]
+    def segments(self, tokenizer: Any) -> list[Segment]:
+        if not self.words:
+            return [BEGIN, AUDIO, Segment(Kind.TEMPLATE, "ASSISTANT: ")]
+        user, assistant = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, " ASSISTANT: ")
+        return [BEGIN, user, AUDIO, Segment(Kind.TEXT, f" {self.words}"), assistant]
 
 
 class SlamPrompt(InstructedPrompt):
-    """Audio first, then BOS and `USER: <P>\\n ASSISTANT:`: the authors' released SLAM-LLM code."""
+    """Audio first, then `USER: <P>\\n ASSISTANT:<T>`: the authors' released SLAM-LLM code.
+
+    BOS stands behind the audio if the tokenizer puts one before every text, as LLaMA's does.
+    """
 
     template: Literal["slam-llm"] = "slam-llm"
     instruction: Instruction = (
@@ -120,10 +129,9 @@ class SlamPrompt(InstructedPrompt):
         "Ensure that the output is not duplicated. "
     )
 
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
+    def segments(self, tokenizer: Any) -> list[Segment]:
         before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, "\n ASSISTANT:")
-        instruction = Segment(Kind.TEXT, self.words)
-        return [AUDIO, BEGIN, before, instruction, after, *reply(transcript)]
+        return [AUDIO, USUAL, before, Segment(Kind.TEXT, self.words), after]
 
 
 class BarePrompt(Prompt):
@@ -131,8 +139,8 @@ class BarePrompt(Prompt):
 
     template: Literal["bare"] = "bare"
 
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
-        return [AUDIO, BEGIN, *reply(transcript)]
+    def segments(self, tokenizer: Any) -> list[Segment]:
+        return [AUDIO, BEGIN]
 
 
 class ChatPrompt(InstructedPrompt):
@@ -145,14 +153,16 @@ class ChatPrompt(InstructedPrompt):
     template: Literal["chat"] = "chat"
     system: str = ""
 
-    def segments(self, tokenizer: Any, transcript: str | None = None) -> list[Segment]:
+    def segments(self, tokenizer: Any) -> list[Segment]:
         given = {AUDIO_MARK: AUDIO, INSTRUCTION_MARK: Segment(Kind.TEXT, self.words)}
         if self.system:
             given[SYSTEM_MARK] = Segment(Kind.TEXT, self.system)
         text = self._render(tokenizer, with_reply=False)
+        replied = self._render(tokenizer, with_reply=True).partition(REPLY_MARK)[0]
+        if replied.strip() == text.strip():
+            text = replied  # with the blank that Llama 2 has before a reply
         pieces = re.split("|".join(f"({mark})" for mark in given), text)
-        prompt = [given.get(piece, Segment(Kind.TEMPLATE, piece)) for piece in pieces if piece]
-        return [*prompt, *reply(transcript)]
+        return [given.get(piece, Segment(Kind.TEMPLATE, piece)) for piece in pieces if piece]
 
     def end_token(self, tokenizer: Any) -> int:
         """The first special token that the template puts behind a reply."""
@@ -205,35 +215,137 @@ PromptSettings = PaperPrompt | SlamPrompt | BarePrompt | ChatPrompt
 
 @dataclass(frozen=True)
 class Piece:
-    """A segment in tokens; None marks the place of the audio."""
+    """A part of the sequence in tokens; None marks the place of the audio."""
 
     tokens: list[int] | None
     loss: bool
 
 
 def tokenise(prompt: Prompt, tokenizer: Any, transcript: str | None = None) -> list[Piece]:
-    """Token ids piece by piece: only the template's own text may become special tokens."""
-    pieces = []
-    for segment in prompt.segments(tokenizer, transcript):
-        tokens: list[int] | None
-        match segment.kind:
-            case Kind.AUDIO:
-                tokens = None
-            case Kind.BEGIN:
-                tokens = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-            case Kind.END:
-                tokens = [prompt.end_token(tokenizer)]
-            case Kind.TEMPLATE:
-                tokens = template_tokens(tokenizer, segment.text)
-            case Kind.TEXT:
-                tokens = plain_tokens(tokenizer, segment.text)
-        pieces.append(Piece(tokens, segment.loss))
-    return pieces
+    """Token ids piece by piece; behind the prompt, with loss, the transcript and its end token.
+
+    Only the template's own text may become special tokens. Where the joint text has a token that
+    reaches over a cut, the prompt has the tokens of its own text all the same, and the transcript
+    those that it has behind a line break.
+    """
+    found = _tokenised(prompt, tokenizer)
+    if transcript is None:
+        return list(found.pieces)
+    return [*found.pieces, Piece(found.transcript(transcript), True), Piece([found.end], True)]
+
+
+def transcript_tokens(prompt: Prompt, tokenizer: Any, transcript: str) -> list[int]:
+    """Those of a transcript behind its prompt, the end token apart."""
+    return _tokenised(prompt, tokenizer).transcript(transcript)
 
 
 def prompt_tokens(prompt: Prompt, tokenizer: Any) -> int:
     """How many tokens a prompt has, the audio apart."""
     return sum(len(piece.tokens or ()) for piece in tokenise(prompt, tokenizer))
+
+
+class _TokenisedPrompt:
+    """A prompt in tokens, from which any number of transcripts go on."""
+
+    def __init__(self, prompt: Prompt, tokenizer: Any):
+        self.prompt, self.tokenizer = prompt, tokenizer
+        self.text, self.tokens = "", list[int]()  # all text so far, and what became of it
+        self.pieces: list[Piece] = []
+        texts: list[Segment] = []  # not tokenised yet
+        self.blank = ""  # in front of the next cut, to go behind it
+        for segment in prompt.segments(tokenizer):
+            if segment.kind in (Kind.TEMPLATE, Kind.TEXT):
+                texts += [segment] * bool(segment.text)
+                continue
+            self._add(texts)
+            texts = []
+            tokens = None if segment.kind is Kind.AUDIO else _beginning(tokenizer, segment.kind)
+            self.pieces += [Piece(tokens, False)] * (tokens != [])
+        self._add(texts)
+
+    @cached_property
+    def end(self) -> int:
+        return self.prompt.end_token(self.tokenizer)
+
+    def transcript(self, text: str) -> list[int]:
+        return self._continuation([Segment(Kind.TEXT, self._after_cut(text))])
+
+    def _add(self, texts: list[Segment]) -> None:
+        """Put texts up to the next cut into tokens."""
+        if not texts:
+            return
+        first, *others = texts
+        texts = [replace(first, text=self._after_cut(first.text)), *others]
+        last = texts[-1].text
+        kept = last.rstrip(" ") if _joins_blanks(self.tokenizer) else last
+        self.blank, texts[-1] = last[len(kept) :], replace(texts[-1], text=kept)
+        tokens = self._continuation(texts)
+        self.pieces.append(Piece(tokens, False))
+        self.tokens += tokens
+        self.text += "".join(segment.text for segment in texts)
+
+    def _after_cut(self, text: str) -> str:
+        """With the white space around the cut before it once."""
+        words = text.lstrip()
+        if not (text and _joins_blanks(self.tokenizer)):
+            return text
+        broken = self.text[-1:].isspace()  # the line, before the cut
+        own = "" if broken else text[: len(text) - len(words)]
+        return (self.blank or own) + words
+
+    def _continuation(self, texts: Sequence[Segment]) -> list[int]:
+        """Tokens of texts behind those so far: what the joint text has there."""
+        tokenizer, start = self.tokenizer, len(self.tokens)
+        joint = template_tokens(tokenizer, self.text + "".join(one.text for one in texts))
+        named = [
+            token
+            for one in texts
+            if one.kind is Kind.TEMPLATE
+            for token in template_tokens(tokenizer, one.text)
+        ]
+        steering = [_steering(tokenizer, tokens) for tokens in (joint[start:], named)]
+        unknown = str(tokenizer.unk_token)  # by name, not for want of a letter
+        spelt = steering[0] != steering[1] or any(
+            unknown in one.text for one in texts if one.kind is Kind.TEXT
+        )
+        if joint[:start] != self.tokens or spelt:
+            return [token for one in texts for token in self._apart(one)]
+        return joint[start:]
+
+    def _apart(self, segment: Segment) -> list[int]:
+        """Tokens of a text whatever stands before it."""
+        encode = template_tokens if segment.kind is Kind.TEMPLATE else plain_tokens
+        if self.text:  # in no tokenizer's first place, where some put a blank before a text
+            start = encode(self.tokenizer, "\n")
+            tokens = encode(self.tokenizer, f"\n{segment.text}")
+            if tokens[: len(start)] == start:
+                return tokens[len(start) :]
+        return encode(self.tokenizer, segment.text)
+
+
+_tokenised = lru_cache(maxsize=64)(
+    _TokenisedPrompt
+)  # an utterance costs the tokens of its joint text, once
+
+
+def _beginning(tokenizer: Any, kind: Kind) -> list[int]:
+    if kind is Kind.USUAL:
+        first = template_tokens(tokenizer, "a")[0]
+        return list(takewhile(lambda token: token != first, tokenizer.encode("a")))
+    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+
+
+@lru_cache(maxsize=64)
+def _joins_blanks(tokenizer: Any) -> bool:
+    """Whether a blank becomes one token with the word behind it."""
+    apart = [token for text in ("a", " ", "a") for token in template_tokens(tokenizer, text)]
+    return template_tokens(tokenizer, "a a") != apart
+
+
+def _steering(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+    """The special ones among tokens; unknown letters are none."""
+    special = special_tokens(tokenizer) - {tokenizer.unk_token_id}
+    return [token for token in tokens if token in special]
 
 
 def template_tokens(tokenizer: Any, text: str) -> list[int]:
@@ -244,8 +356,7 @@ def template_tokens(tokenizer: Any, text: str) -> list[int]:
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     """Tokens of text that is not trusted: the names of special tokens are spelt out."""
     tokens = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-    special = set(tokens) & special_tokens(tokenizer) - {tokenizer.unk_token_id}
-    if special:
+    if special := set(_steering(tokenizer, tokens)):
         names = tokenizer.convert_ids_to_tokens(sorted(special))
         raise IsthmusError(
             f"The tokenizer of {tokenizer.name_or_path} reads special tokens ({', '.join(names)}) "
@@ -254,7 +365,8 @@ def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     return tokens
 
 
-def special_tokens(tokenizer: Any) -> set[int]:
+@lru_cache(maxsize=64)
+def special_tokens(tokenizer: Any) -> frozenset[int]:
     """Ids of the tokens that steer the model, also those without a role such as eos."""
     added = tokenizer.added_tokens_decoder.items()
-    return {*tokenizer.all_special_ids, *(number for number, token in added if token.special)}
+    return frozenset(tokenizer.all_special_ids) | {n for n, token in added if token.special}

@@ -4,8 +4,8 @@ Shapes: B batch, S samples, T encoder frames, A audio embeddings, L positions, K
 loss, E LLM width, V tokens.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,17 +15,12 @@ from torch import Tensor, nn
 from isthmus.errors import IsthmusError
 from isthmus.model.cross_entropy import summed_cross_entropy
 from isthmus.model.encoder import Encoder, parameters
+from isthmus.model.features import without_autocast
 from isthmus.model.llm import LLM
-from isthmus.model.packing import (
-    Choice,
-    Prefix,
-    choose_attention,
-    packed_hidden,
-    shared_prefix,
-)
+from isthmus.model.packing import Choice, choose_attention, packed_hidden
 from isthmus.model.parts import Tune, freeze
 from isthmus.model.projector import Projector
-from isthmus.model.prompt import Prompt, prompt_tokens, tokenise
+from isthmus.model.prompt import Prompt, prompt_tokens, tokenise, transcript_tokens
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss
@@ -83,7 +78,6 @@ class SpeechLLM(nn.Module):
             tokens = [token for piece in pieces for token in piece.tokens or ()]
             llm.require_rows([*tokens, self.end_token], "prompt.template")
         self.attention: Choice | None = None  # None: utterances padded to the longest
-        self.prefix: Prefix | None = None  # what all prompts begin with, where it is shared
         self._mean_embedding: Tensor | None = None  # of the LLM's tokens
 
     def frozen_parts(self) -> list[nn.Module]:
@@ -134,6 +128,10 @@ class SpeechLLM(nn.Module):
         """Tokens of the longest of its prompts."""
         return max(prompt_tokens(prompt, self.llm.tokenizer) for prompt in self.prompts)
 
+    def transcript_tokens(self, transcript: str) -> list[int]:
+        """Those of a transcript behind its prompt, the end token apart."""
+        return transcript_tokens(self.prompts[0], self.llm.tokenizer, transcript)
+
     def fault(self, seconds: float, text_tokens: int = 0) -> str | None:
         """Why an utterance that long, with a transcript of so many tokens, is too much; else None.
 
@@ -155,20 +153,19 @@ class SpeechLLM(nn.Module):
         To be called once the model is on its device, under the precision of training.
         """
         choice = choose_attention(self.llm.network)
-        if choice.backend is None:
-            return choice.reason
-        self.attention = choice
-        tokens = self._prefix_tokens()
-        if not (choice.prefix and self.tune["llm"] == "frozen" and tokens):
-            return choice.reason
-        device = next(self.llm.parameters()).device
-        embeddings = self.llm.embed(torch.tensor(tokens, device=device))
-        self.prefix = shared_prefix(self.llm.network, embeddings)
-        return f"{choice.reason}; the first {len(tokens)} tokens of the prompt computed once"
+        if choice.backend is not None:
+            self.attention = choice
+        return choice.reason
 
     def encode(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
-        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length."""
-        frames, num_frames = self.encoder(waveforms, num_samples)
+        """Waveforms (B, S) to B tensors of encoder frames (T, D), each at its own length.
+
+        A frozen encoder computes in what its weights are held in: the same in training, for the
+        feature cache and in decoding.
+        """
+        frozen = self.tune["encoder"] == "frozen"
+        with without_autocast(waveforms.device) if frozen else nullcontext():
+            frames, num_frames = self.encoder(waveforms, num_samples)
         return [row[:length] for row, length in zip(frames, num_frames.tolist(), strict=True)]
 
     def encode_alone(self, waveform: Tensor) -> Tensor:
@@ -204,9 +201,8 @@ class SpeechLLM(nn.Module):
         *,
         prompts: Sequence[Prompt] | None = None,
         masking: Sequence[float] | None = None,
-        skip: int = 0,
     ) -> Row:
-        """The sequences of a batch, each without its first `skip` tokens.
+        """The sequences of a batch.
 
         `prompts` are those of the utterances, the first of the model's unless given; of each
         transcript a share of `masking` is hidden from the language model (torch's generator on the
@@ -229,11 +225,11 @@ class SpeechLLM(nn.Module):
                     f"takes {limit}. Lower data.max_seconds, or leave out the utterance with the "
                     f"transcript {transcript[:60]!r} ({len(transcript)} letters)."
                 )
-            tokens += own_tokens[skip:]
-            labels += own_labels[skip:]
+            tokens += own_tokens
+            labels += own_labels
             if masking:
-                hidden += _hidden(own_labels, fraction)[skip:]
-            lengths.append(len(own_tokens) - skip)
+                hidden += _hidden(own_labels, fraction)
+            lengths.append(len(own_tokens))
         placed = torch.tensor(tokens)
         heard = torch.cat(list(audio)).to(self.llm.dtype)
         where = (placed == AUDIO).nonzero()[:, 0].to(heard.device)
@@ -252,9 +248,7 @@ class SpeechLLM(nn.Module):
         masking: Sequence[float] | None = None,
     ) -> TranscriptLoss:
         """The loss of transcripts after their audio embeddings (A, E); options as of `row`."""
-        packed = self.attention is not None
-        skip = self.prefix.length if packed and self.prefix else 0
-        row = self.row(audio, transcripts, prompts=prompts, masking=masking, skip=skip)
+        row = self.row(audio, transcripts, prompts=prompts, masking=masking)
         return self._padded_loss(row) if self.attention is None else self._packed_loss(row)
 
     def loss(
@@ -288,16 +282,6 @@ class SpeechLLM(nn.Module):
         head = self.llm.dim * int(network.config.get_text_config().vocab_size)
         return sum(value.numel() for value in blocks), head, trained
 
-    def _prefix_tokens(self) -> list[int]:
-        """What all prompts begin with, up to the audio."""
-        beginnings = []
-        for prompt in self.prompts:
-            pieces = tokenise(prompt, self.llm.tokenizer)
-            before = itertools.takewhile(lambda piece: piece.tokens is not None, pieces)
-            beginnings.append([token for piece in before for token in piece.tokens or ()])
-        alike = zip(*beginnings, strict=False)
-        return [one for one, *others in itertools.takewhile(lambda t: len({*t}) == 1, alike)]
-
     def _mask_embedding(self) -> Tensor:
         """What stands in the place of a masked token (E,): the mean of all tokens' embeddings."""
         if self._mean_embedding is None or self.tune["llm"] == "full":
@@ -320,9 +304,7 @@ class SpeechLLM(nn.Module):
         assert attention is not None
         assert attention.backend is not None
         assert attention.head is not None
-        hidden = packed_hidden(
-            self.llm.network, row.embeddings, row.lengths, self.prefix, attention.backend
-        )
+        hidden = packed_hidden(self.llm.network, row.embeddings, row.lengths, attention.backend)
         targets = row.labels.roll(-1)  # position n predicts token n + 1 ...
         ends = torch.tensor(row.lengths).cumsum(0) - 1
         targets[ends.to(targets.device)] = IGNORE  # ... of its own utterance

@@ -33,10 +33,13 @@ __all__ = [
     "expand_path",
     "load_cut",
     "read_corpus",
+    "scorable",
     "usable",
 ]
 
 MAX_CHARACTERS_PER_SECOND = 40  # fast speech has 20 to 25
+# Faults of a line that leave nothing to hold a transcript against; others are of the audio.
+WITHOUT_REFERENCE = ("duplicate_id", "bad_id", "bad_line", "no_text", "empty_text", "bad_text")
 DecodeAudio = bool | Literal["header"]  # what a check does with the audio
 _SHOWN = 5  # rejections quoted in an error or a report for people
 # Marks that turn the direction of text around: invisible, and no part of a transcript.
@@ -162,6 +165,23 @@ def usable(
             + "\n".join(shown)
         )
     return CutSet.from_cuts(good), report
+
+
+def scorable(cuts: CutSet) -> tuple[list[Cut], list[Rejection]]:
+    """The cuts that have a transcript, whether or not their audio can be heard, and what is wrong
+    with the others."""
+    good: list[Cut] = []
+    bad: list[Rejection] = []
+    seen: dict[str, str] = {}
+    for cut in cuts:
+        faults = _faults(cut, seen, None, require_text=True)
+        fault = next((one for one in faults if one[0] in WITHOUT_REFERENCE), None)
+        seen.setdefault(cut.id, _origin(cut))
+        if fault is None:
+            good.append(cut)
+        else:
+            bad.append(Rejection(str(cut.id), *fault))
+    return good, bad
 
 
 def _check(

@@ -16,15 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.model.llm import LLM
-from isthmus.model.prompt import plain_tokens
 
 TEMPERATURE = 0.1  # that similarities are divided by: 1.0 to the right token, 0.0 to others is sure
 BLANK = 0.5  # similarity at which a token is as likely as none
 OTHERS = 1000  # tokens to choose among, beside the transcript's own; all of a small vocabulary
 
 
-def alignment_loss(llm: LLM, audio: Sequence[Tensor], transcripts: Sequence[str]) -> Tensor:
-    """CTC loss () of transcripts, in nats, summed; differentiable by their audio embeddings (A, E).
+def alignment_loss(
+    llm: LLM, audio: Sequence[Tensor], transcripts: Sequence[Sequence[int]]
+) -> Tensor:
+    """CTC loss () of transcripts in tokens, in nats, summed; differentiable by their audio
+    embeddings (A, E).
 
     The tokens' embeddings are taken as they are: it is the audio that moves. A transcript with more
     tokens than audio embeddings has no such reading, and no part in it.
@@ -34,8 +36,7 @@ def alignment_loss(llm: LLM, audio: Sequence[Tensor], transcripts: Sequence[str]
     total = torch.zeros((), device=device)
     with torch.autocast(device.type, enabled=False):  # close to 1, half precision is coarse
         common = _directions(llm, others, device)  # shared: as large as many utterances
-        for heard, text in zip(audio, transcripts, strict=True):
-            tokens = plain_tokens(llm.tokenizer, text)
+        for heard, tokens in zip(audio, transcripts, strict=True):
             own = sorted({*tokens} - {*others})
             place = {token: number for number, token in enumerate([*others, *own], start=1)}
             if len(heard):

@@ -45,7 +45,7 @@ def make_units(
     if not recipe.data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to learn units from.")
     cuts = chosen(load_cuts(recipe.data.train, recipe.data), recipe.data.languages, "data.train")
-    encoder = recipe.encoder.build().to(choose_device()).eval()
+    encoder = recipe.build_encoder().to(choose_device()).eval()
     cuts = _not_too_long(cuts, encoder.max_seconds, recipe.data.max_bad_fraction)
     frames = sample_frames(encoder, cuts, clusters * FRAMES_PER_UNIT, recipe.seed, on_utterance)
     if len(frames) < clusters:

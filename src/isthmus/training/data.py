@@ -11,7 +11,6 @@ from lhotse.cut import Cut
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
 from isthmus.model.llm import LLM
-from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.recipe import CTCRecipe, Recipe
@@ -107,7 +106,7 @@ def positions_of(model: SpeechLLM, augmentation: Augmentation | None = None) -> 
 
 
 def _tokens(model: SpeechLLM, text: str) -> int:
-    return len(plain_tokens(model.llm.tokenizer, text)) + 1  # the end token
+    return len(model.transcript_tokens(text)) + 1  # the end token
 
 
 def _within(budget: int | None, positions: Positions | None, fits: Fits) -> Fits:

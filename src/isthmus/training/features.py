@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from io import FileIO
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lhotse import MonoCut
@@ -33,13 +33,12 @@ from torch import Tensor
 from isthmus.errors import IsthmusError
 from isthmus.files import CACHE_VARIABLE, read_json, user_cache, write_atomic
 from isthmus.model.encoder import EncoderSettings
+from isthmus.recipe_settings import Precision
 from isthmus.speech.corpora import load_cut
 
 FRONT_END_VERSION = 1  # raise it whenever the code that turns audio into frames changes
 SHARD_BYTES = 1_000_000_000
 DESCRIPTION = "encoder.json"
-
-Precision = Literal["bfloat16", "float32"]
 
 log = logging.getLogger(__name__)
 

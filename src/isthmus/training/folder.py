@@ -1,4 +1,4 @@
-"""What can be said of a run folder without torch: where it lies, and whether we can read it."""
+"""What can be said of a run folder without torch: where it lies, its files, if we can read it."""
 
 import re
 from importlib.metadata import version
@@ -6,8 +6,13 @@ from pathlib import Path
 
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json
+from isthmus.recipe_files import read_recipe
 
-RECIPE, ENVIRONMENT = "recipe.yaml", "environment.json"
+RECIPE, ENVIRONMENT, MODEL = "recipe.yaml", "environment.json", "model"
+PARTS = "parts.json"
+BEST, CHECKPOINTS = "best", "checkpoints"
+CONFIG = "config.json"  # which every folder of a pretrained model has
+PRETRAINING = {"architecture", "start_from"}  # keys that only recipes of pretraining have
 DEFAULT = "default"  # the run that ships
 SHIPPED_RUN = Path(__file__).resolve().parent.parent / "assets" / DEFAULT
 
@@ -27,8 +32,26 @@ def local_run(run: str | Path) -> Path | None:
     if of_hub and not str(run).startswith("runs/"):
         return None
     raise IsthmusError(
-        f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`."
+        f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`; a model of "
+        "Hugging Face is named owner/name."
     )
+
+
+def local_system(name: str | Path) -> Path | None:
+    """The folder of what can transcribe: a run, or a pretrained model; None for `owner/name`.
+
+    Of a run of `isthmus pretrain-ctc` it is the model in it. Raises IsthmusError for anything else.
+    """
+    for folder in (Path(name) / MODEL, Path(name)):
+        if (folder / CONFIG).is_file():
+            return folder
+    run = local_run(name)
+    if run is not None and not PRETRAINING.isdisjoint(read_recipe(run / RECIPE)[1]):
+        raise IsthmusError(
+            f"{run} holds no model yet: its recipe is of `isthmus pretrain-ctc` or pretrain-lm, "
+            "which write it at the end. Go on with --resume."
+        )
+    return run
 
 
 def check_run(folder: Path) -> None:

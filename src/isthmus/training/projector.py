@@ -92,7 +92,9 @@ class SpeechTask:
         )
         total, alignment = found.total, torch.zeros_like(found.total)
         if training and settings.alignment_weight:
-            loss = alignment_loss(model.llm, audio, batch.texts)
+            loss = alignment_loss(
+                model.llm, audio, [model.transcript_tokens(text) for text in batch.texts]
+            )
             alignment = loss.detach()
             # the gradient of both, the value of the cross-entropy, as validation has it
             total = total + settings.alignment_weight * (loss - alignment)
@@ -116,10 +118,8 @@ class SpeechTask:
         device = batch.waveforms.device
 
         def compute(row: int) -> Tensor:
-            # as `isthmus cache` and decoding do, so that an entry is the same whoever made it
-            with torch.autocast(device.type, enabled=False):
-                waveform = batch.waveforms[row, : int(batch.num_samples[row])]
-                return self.module.encode_alone(waveform)
+            # alone, so that an entry is the same whoever made it
+            return self.module.encode_alone(batch.waveforms[row, : int(batch.num_samples[row])])
 
         rows = enumerate(zip(batch.keys, batch.frames_each(), strict=True))
         return [
@@ -169,16 +169,17 @@ def arithmetic(model: SpeechLLM, recipe: Recipe, ranks: Ranks) -> list[str]:
     train = recipe.train
     encoder = next((value.dtype for value in model.encoder.parameters()), torch.float32)
     held = [str(dtype).removeprefix("torch.") for dtype in (encoder, model.llm.dtype)]
+    products = "bfloat16" if train.precision == "bfloat16" else "that of their weights"
     measures = {
         "utterances": train.batch_size,
         "padded seconds": train.max_duration,
         "LLM positions": train.max_tokens,
     }
     unit, size = next((unit, size) for unit, size in measures.items() if size is not None)
-    batches = ranks.world * train.accumulate
+    batches = train.batches(ranks.world)
     return [
-        f"precision: products in {train.precision}; weights of the encoder in {held[0]}, of the "
-        f"LLM in {held[1]} (quantised: {recipe.llm.quantise}); what is trained is in float32",
-        f"step: {size:g} {unit} a batch x {train.accumulate} accumulated x {ranks.world} processes "
-        f"= at most {size * batches:g} {unit}",
+        f"precision: products in {products}; weights of the encoder in {held[0]}, of the LLM in "
+        f"{held[1]} (quantised: {recipe.llm.quantise}); what is trained is in float32",
+        f"step: {size:g} {unit} a batch x {batches // ranks.world} accumulated x {ranks.world} "
+        f"processes = at most {size * batches:g} {unit}",
     ]

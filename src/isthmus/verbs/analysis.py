@@ -108,10 +108,10 @@ def plan(
     read_recipe(recipe, overrides or [])  # a typing error need not wait for torch
     named_peak(gpu)
     from isthmus.analysis.plan import Hardware, make_plan
-    from isthmus.recipe import load_recipe
+    from isthmus.recipe import load_any_recipe
 
     found = make_plan(
-        load_recipe(recipe, overrides or []),
+        load_any_recipe(recipe, overrides or []),
         Hardware(gpu, gpus, mfu),
         hours=hours,
         mean_seconds=mean_seconds,
@@ -184,7 +184,12 @@ def perplexity(
         print_json({"llm": llm, "normaliser": normaliser, "sets": sets})
     else:
         for name, one in found.items():
-            typer.echo(f"{name}: perplexity {perplexity_text(one)} a word ({one.words:,} words)")
+            values = (one.value, one.without_end, one.slam_llm)
+            own, without, theirs = map(perplexity_text, values)
+            typer.echo(
+                f"{name}: perplexity {own} a word, {without} without the end token, {theirs} by "
+                f"SLAM-LLM's script ({one.words:,} words, {one.precision})"
+            )
 
 
 @app.command()

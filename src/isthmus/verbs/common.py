@@ -45,7 +45,12 @@ Normaliser = Annotated[
     str, typer.Option(help="whisper, basic, basic-marks, lower, none or module:callable.")
 ]
 Model = Annotated[
-    str, typer.Option("--model", "-m", help="Run folder, or `default`, the shipped tiny system.")
+    str,
+    typer.Option("--model", "-m", help="Run, or `default`, or a model such as Whisper."),
+]
+Language = Annotated[
+    str | None,
+    typer.Option("--language", help="Of Whisper: what is spoken, such as de."),
 ]
 
 

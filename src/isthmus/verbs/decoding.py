@@ -9,13 +9,12 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import limit, switch, takes
-from isthmus.verbs.common import BatchSize, Beam, Json, Model, Normaliser, print_json
+from isthmus.verbs.common import BatchSize, Beam, Json, Language, Model, Normaliser, print_json
 
 app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
-    from isthmus.decoding.transcriber import DecodeChanges
 
 
 Instruction = Annotated[
@@ -83,6 +82,7 @@ class TranscribeOptions:
         typer.Option("--strict/--no-strict", help="The same to the last bit in any company; slow."),
     ] = None
     instruction: Instruction = None
+    language: Language = None
     as_json: Json = False
 
     @property
@@ -99,7 +99,7 @@ class TranscribeOptions:
         )
 
     @property
-    def decode(self) -> "DecodeChanges":
+    def decode(self) -> dict[str, Any]:
         """The decoding settings that were given."""
         return {
             "beam_size": self.beam_size,
@@ -109,6 +109,7 @@ class TranscribeOptions:
             "gate": self.gate,
             "strict": self.strict,
             "instruction": self.instruction,
+            "language": self.language,
             "ngram": str(self.ngram) if self.ngram else None,
             "ctc_weight": self.ctc_weight,
             "hotwords": tuple(filter(None, map(str.strip, (self.hotwords or "").split(","))))
@@ -122,13 +123,13 @@ def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
     from isthmus.decoding.formats import PLAIN, check_outputs
     from isthmus.decoding.inputs import are_corpora
-    from isthmus.training.folder import local_run
+    from isthmus.training.folder import local_system
 
     words = options.word_timestamps or options.layout != PLAIN
-    run = local_run(options.model)
+    folder = local_system(options.model)
     if corpora := are_corpora(options.audio):
         _check_corpora(options)
-    _check_nbest(options, run)
+    _check_nbest(options, folder)
     if corpora:
         _transcribe_corpora(options)
         return
@@ -180,12 +181,14 @@ def _check_corpora(options: TranscribeOptions) -> None:
 
 def _check_nbest(options: TranscribeOptions, run: Path | None) -> None:
     """Raise IsthmusError where more hypotheses are asked for than are kept."""
-    beam = options.beam_size
-    if options.nbest and beam is None and run is not None:
-        from isthmus.recipe_files import parse_yaml
-        from isthmus.training.folder import RECIPE
+    from isthmus.training.folder import RECIPE
 
-        stored = parse_yaml((run / RECIPE).read_text(encoding="utf-8"))
+    beam = options.beam_size
+    recipe = run / RECIPE if run is not None else None
+    if options.nbest and beam is None and recipe is not None and recipe.is_file():
+        from isthmus.recipe_files import parse_yaml
+
+        stored = parse_yaml(recipe.read_text(encoding="utf-8"))
         beam = (stored.get("decode") or {}).get("beam_size")  # runs have every default in theirs
     if options.nbest and beam is not None and options.nbest > beam:
         raise IsthmusError(
@@ -208,9 +211,12 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
     if not good and not options.as_json:
         raise typer.Exit(1)
     with loading("the model"):
-        from isthmus.decoding.transcriber import load
+        from isthmus.decoding.alone import decode_alone
 
-        transcriber = load(options.model, align_model=options.align_model, **options.decode)
+        decode_alone()
+        from isthmus.decoding.systems import load_system
+
+        transcriber = load_system(options.model, align_model=options.align_model, **options.decode)
     with counting("recordings") as on_recording:
         for result in transcriber.results([audio[i] for i in good], word_timestamps=words):
             index = good[result.index]
@@ -282,7 +288,10 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
 class EvaluateOptions:
     """What `isthmus evaluate` takes."""
 
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or `default`.")]
+    run: Annotated[
+        str,
+        typer.Argument(metavar="RUN", help="Run, or `default`, or a model such as Whisper."),
+    ]
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
     ]
@@ -290,6 +299,7 @@ class EvaluateOptions:
     batch_size: BatchSize = None
     ctc_weight: CTCWeight = None
     instruction: Instruction = None
+    language: Language = None
     normaliser: Normaliser = "basic"
     output_dir: Annotated[
         Path | None,
@@ -302,14 +312,14 @@ class EvaluateOptions:
 @app.command()
 @takes(EvaluateOptions)
 def evaluate(options: EvaluateOptions) -> None:
-    """Transcribe corpora with a run and score the result."""
+    """Transcribe corpora with a run or a pretrained model, and score the result."""
     from isthmus.decoding.formats import check_folder
     from isthmus.display import counting, loading, print_scores
     from isthmus.scoring import normaliser as find_normaliser
     from isthmus.speech.utterances import find_corpus
-    from isthmus.training.folder import local_run
+    from isthmus.training.folder import local_system
 
-    local_run(options.run)
+    local_system(options.run)
     find_normaliser(options.normaliser)
     for corpus in options.data:
         find_corpus(corpus)
@@ -318,22 +328,23 @@ def evaluate(options: EvaluateOptions) -> None:
     with loading("the model"):
         from isthmus.analysis.evaluate import check_ctc, ctc_scores
         from isthmus.analysis.evaluate import evaluate as job
-        from isthmus.decoding.transcriber import decode_settings, load, run_folder
+        from isthmus.decoding.systems import load_system, system_folder, system_settings
 
-        own = decode_settings(run_folder(options.run), {})
-        transcriber = load(
+        own = system_settings(system_folder(options.run), {})
+        recogniser = load_system(
             options.run,
             beam_size=options.beam_size,
             batch_size=options.batch_size,
             ctc_weight=options.ctc_weight,
             instruction=options.instruction,
+            language=options.language,
             cached=True,
         )
     if options.ctc:
-        check_ctc(transcriber)
+        check_ctc(recogniser)
     with counting("utterances") as on_batch:
         result = job(
-            transcriber,
+            recogniser,
             options.data,
             normaliser=options.normaliser,
             folder=options.output_dir,
@@ -341,12 +352,12 @@ def evaluate(options: EvaluateOptions) -> None:
         )
     report = result.to_dict()
     if options.ctc:
-        report["ctc"] = ctc_scores(transcriber, result).to_dict()
+        report["ctc"] = ctc_scores(recogniser, result).to_dict()
     if options.as_json:
         print_json(report)
     else:
         print_scores(report, own.model_dump(mode="json"))
-    if any(result.left_out.values()):
+    if any(result.left_out.values()) or any(result.unheard.values()):
         raise typer.Exit(1)
 
 

@@ -1,0 +1,230 @@
+"""Pretrained recognisers, which are systems like any other: Whisper and its kin, and CTC models."""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
+from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
+from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.utils import logging as transformers_logging
+
+from isthmus.decoding.recogniser import Recogniser, Speech
+from isthmus.decoding.timestamps import CTC_TYPES, CTCModel, load_ctc, load_processor
+from isthmus.decoding.transcript import Segment
+from isthmus.errors import IsthmusError, suggest
+from isthmus.model.parts import (
+    choose_device,
+    load_network,
+    loading,
+    model_type,
+)
+from isthmus.recipe_settings import RecogniserSettings
+from isthmus.speech.audio import SAMPLE_RATE
+from isthmus.training.batches import collate
+
+SHORTEST = SAMPLE_RATE // 10  # samples; a shorter utterance is followed by silence up to there
+log = logging.getLogger(__name__)
+
+
+class PretrainedDecodeSettings(RecogniserSettings):
+    """How a pretrained recogniser is asked."""
+
+    chunk_seconds: float = Field(60.0, ge=2)
+    """Longer recordings are decoded in chunks; more than any utterance of the usual corpora has."""
+
+
+class Seq2SeqSettings(PretrainedDecodeSettings):
+    """How Whisper and its kin are asked."""
+
+    beam_size: int | None = Field(None, ge=1)
+    """Hypotheses kept, 1 is greedy; as the model's own generation_config has it unless given."""
+    language: str | None = None
+    """What is spoken; unless given, what the corpus says, or else what the model hears."""
+
+
+class CTCRecogniser(Recogniser):
+    """The best path of a CTC model."""
+
+    ctc: CTCModel
+
+    def __init__(
+        self, ctc: CTCModel, settings: RecogniserSettings, aligner: CTCModel | None = None
+    ):
+        self.ctc = ctc.eval()
+        self.settings = settings
+        self.aligner = aligner if aligner is not None else ctc
+
+    @property
+    def longest(self) -> float:
+        return self.settings.chunk_seconds
+
+    @torch.inference_mode()
+    def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
+        batch = collate([""] * len(speech), [one.waveform for one in speech], [])
+        batch = batch.to(next(self.ctc.parameters()).device)
+        frames, lengths = self.ctc(batch.waveforms, batch.num_samples)
+        texts = self.ctc.greedy(self.ctc.log_probs(frames), lengths)
+        pairs = zip(speech, texts, strict=True)
+        segments = [Segment(0.0, one.seconds, text) for one, text in pairs]
+        if not words:
+            return segments
+        known = self.aligner is self.ctc
+        rows = zip(speech, segments, frames, lengths.tolist(), strict=True)
+        return [
+            replace(segment, words=self._timed(one, segment, own[:length] if known else None))
+            for one, segment, own, length in rows
+        ]
+
+
+class Seq2SeqRecogniser(Recogniser):
+    """An encoder and a decoder of transformers, searched by their own `generate`.
+
+    Utterances whose inputs have one shape are decoded together (Whisper's all have), others alone:
+    so none is padded but as the model's own front end pads it.
+    """
+
+    settings: Seq2SeqSettings
+
+    def __init__(
+        self,
+        network: Any,
+        extractor: Any,
+        tokenizer: Any,
+        settings: Seq2SeqSettings,
+        aligner: CTCModel | None = None,
+    ):
+        """Raises IsthmusError for a language that the model does not know."""
+        self.network: Any = network.eval()
+        self.extractor = extractor
+        self.tokenizer = tokenizer
+        beams = settings.beam_size or self.network.generation_config.num_beams or 1
+        self.settings = settings.model_copy(update={"beam_size": beams})
+        self.aligner = aligner
+        # Whisper's alone; models of English have none
+        self.languages: Mapping[str, int] = getattr(network.generation_config, "lang_to_id", {})
+        if settings.language and not self.languages:
+            log.warning("language has no effect: this model knows one language only.")
+        self.check_language("")
+
+    @property
+    def longest(self) -> float:
+        """The front end of Whisper would cut off what is longer than its 30 s."""
+        own = getattr(self.extractor, "chunk_length", self.settings.chunk_seconds)
+        return min(float(own), self.settings.chunk_seconds)
+
+    def check_language(self, language: str) -> None:
+        language = self.settings.language or language
+        if self.languages and language and self._code(language) is None:
+            codes = sorted(token.strip("<|>") for token in self.languages)
+            raise IsthmusError(
+                f"This model does not know the language {language!r}.{suggest(language, codes)} "
+                f"Name one that it knows with --language: {', '.join(codes)}."
+            )
+
+    def _code(self, language: str) -> str | None:
+        """Whisper's code of a language that is called by its code, with a country, or its name."""
+        name = language.lower().replace("_", "-").partition("-")[0]
+        code = TO_LANGUAGE_CODE.get(name, name)
+        return code if f"<|{code}|>" in self.languages else None
+
+    @torch.inference_mode()
+    def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
+        inputs = [self._inputs(one.waveform) for one in speech]
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, (one, own) in enumerate(zip(speech, inputs, strict=True)):
+            shapes = tuple(value.shape for value in own.values())
+            spoken = self._code(self.settings.language or one.language)
+            groups.setdefault((spoken, *shapes), []).append(index)
+        found: dict[int, Segment] = {}
+        for (spoken, *_), indices in groups.items():
+            together = [inputs[index] for index in indices]
+            batch = {name: torch.cat([own[name] for own in together]) for name in together[0]}
+            rows = self._generate(batch, spoken)
+            for index, row in zip(indices, rows, strict=True):
+                found[index] = self._segment(speech[index], row)
+        segments = [found[index] for index in range(len(speech))]
+        if not words:
+            return segments
+        pairs = zip(speech, segments, strict=True)
+        return [replace(own, words=self._timed(one, own)) for one, own in pairs]
+
+    def _inputs(self, waveform: np.ndarray) -> dict[str, Tensor]:
+        """What the model's front end makes of an utterance (S,), with a batch axis of 1."""
+        waveform = np.pad(waveform, (0, max(0, SHORTEST - len(waveform))))
+        found = self.extractor(waveform, sampling_rate=SAMPLE_RATE, return_tensors="pt")
+        return {name: value.to(self.network.device) for name, value in found.items()}
+
+    def _generate(self, batch: Mapping[str, Tensor], language: str | None) -> list[list[int]]:
+        """The tokens of each utterance, those before and behind its text among them."""
+        options: dict[str, Any] = {"num_beams": self.settings.beam_size}
+        if self.languages:
+            options |= {"language": language, "task": "transcribe"}
+        try:
+            with _quiet():
+                out = self.network.generate(**batch, **options, return_dict_in_generate=True)
+        except (TypeError, ValueError) as error:
+            raise IsthmusError(
+                f"This {self.network.config.model_type} model cannot write what it hears without "
+                f"more than audio: {error}"
+            ) from error
+        rows: list[list[int]] = out.sequences.tolist()
+        return rows
+
+    def _segment(self, speech: Speech, tokens: Sequence[int]) -> Segment:
+        ends = self.network.generation_config.eos_token_id
+        ends = {ends} if isinstance(ends, int) else set(ends or ())
+        ended = not ends.isdisjoint(tokens[1:])  # the first begins the text; it may be the same one
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
+        return Segment(0.0, speech.seconds, text, finish_reason="stop" if ended else "length")
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what transformers says to the one who calls `generate`, nobody here."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def pretrained_settings(folder: Path) -> PretrainedDecodeSettings:
+    """The default settings of the recogniser in a folder; raises IsthmusError if there is none."""
+    kind = model_type(folder)
+    if kind in MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
+        return Seq2SeqSettings()
+    if kind in CTC_TYPES:
+        return PretrainedDecodeSettings()
+    raise IsthmusError(
+        f"{folder} holds a {kind!r} model, which recognises no speech by itself. Name a run, a "
+        f"model such as Whisper or Moonshine, or one with CTC: {', '.join(CTC_TYPES)}."
+    )
+
+
+def load_pretrained(
+    folder: Path, settings: RecogniserSettings, name: str, align_model: str | None = None
+) -> Recogniser:
+    """The recogniser in a folder, computing in float32; raises IsthmusError."""
+    device = choose_device()
+    aligner = load_ctc(align_model).to(device) if align_model else None
+    if not isinstance(settings, Seq2SeqSettings):
+        return CTCRecogniser(load_ctc(str(folder)).float().to(device), settings, aligner)
+    with loading(name):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if not config.is_encoder_decoder:
+        raise IsthmusError(
+            f"{name} is a {config.model_type!r} model, an LLM that hears and has to be asked. Name "
+            "one that transcribes by itself, such as Whisper."
+        )
+    network = load_network(AutoModelForSpeechSeq2Seq, folder, name, "float32")
+    extractor, tokenizer = load_processor(folder, name, network)
+    return Seq2SeqRecogniser(network.to(device), extractor, tokenizer, settings, aligner)

@@ -1,0 +1,72 @@
+"""Whatever can transcribe, by its name: runs, and pretrained models, which are systems too."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from isthmus.decoding.recogniser import Recogniser
+from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load
+from isthmus.model.hub import download
+from isthmus.model.parts import resolve
+from isthmus.recipe import change_settings
+from isthmus.recipe_settings import RecogniserSettings
+from isthmus.training.folder import CONFIG, RECIPE, local_system
+
+log = logging.getLogger(__name__)
+
+
+def system_folder(name: str | Path) -> Path:
+    """The folder of a run or of a pretrained recogniser, downloaded if it is of the hub.
+
+    It holds a recipe if it is a run. Raises IsthmusError.
+    """
+    local = local_system(name)
+    if local is None and not str(name).startswith("isthmus/"):
+        known = download(str(name), None, [RECIPE, CONFIG])  # one small file says what it is
+        if (known / RECIPE).is_file():
+            return download(str(name), None, RUN_FILES)
+    elif local is not None and (local / RECIPE).is_file():
+        return local
+    return resolve(str(local or name))
+
+
+def system_settings(folder: Path, changes: Mapping[str, Any]) -> RecogniserSettings:
+    """The settings of what is in a `system_folder`, some of them replaced; None leaves one.
+
+    Warns of those that have no effect on it. No model is loaded. Raises IsthmusError.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    if (folder / RECIPE).is_file():
+        if given.pop("language", None):
+            log.warning("language has no effect on a run: its instruction says what it is to do.")
+        return decode_settings(folder, given)
+    from isthmus.decoding.pretrained import pretrained_settings  # of which runs need nothing
+
+    own = pretrained_settings(folder)
+    idle = [name for name in given if name not in type(own).model_fields]
+    if idle:
+        log.warning("no effect on %s: %s", folder, ", ".join(idle))
+    return change_settings(own, {name: given[name] for name in given if name not in idle})
+
+
+def load_system(
+    name: str | Path,
+    *,
+    cached: bool = False,
+    align_model: str | None = None,
+    **settings: Any,
+) -> Recogniser:
+    """What transcribes, by its name: a run, a pretrained model, or a run of `pretrain-ctc`.
+
+    `cached` and `align_model` are those of `transcriber.load`, as are the settings, of which
+    pretrained models have few, and `language` besides. They compute in float32. Raises
+    IsthmusError.
+    """
+    folder = system_folder(name)
+    own = system_settings(folder, settings)
+    if (folder / RECIPE).is_file():
+        return load(folder, cached=cached, align_model=align_model, **own.model_dump())
+    from isthmus.decoding.pretrained import load_pretrained
+
+    return load_pretrained(folder, own, str(name), align_model)
