@@ -79,7 +79,7 @@ def write_gguf(
     from tokenizers import pre_tokenizers
 
     width, inner, heads = 32, 64, 4
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "<|endoftext|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "he", "<|endoftext|>"]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(width)
@@ -94,7 +94,7 @@ def write_gguf(
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "h e"])
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
     rng = np.random.default_rng(seed)
