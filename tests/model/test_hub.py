@@ -178,7 +178,6 @@ def test_a_tokenizer_of_sentencepiece_alone(
     hub: StandInHub, model_folder: ModelFolder, tmp_path: Path
 ) -> None:
     """As Vicuna's: `tokenizer.model` and its settings, and pickles."""
-    pytest.importorskip("sentencepiece")
     folder = tmp_path / "llm"
     shutil.copytree(model_folder("llama"), folder)
     count = write_sentencepiece(folder)
