@@ -97,6 +97,10 @@ POSTPONED: Mapping[str, Mapping[str, Callable[..., Any]]] = {
         ("allow_in_graph", "assume_constant_result", "disable"), _as_it_is
     ),
     INDEXING: {"TransformGetItemToIndex": _indexing},
+    # peft and others take for granted that transformers has imported these
+    "torch.distributed.checkpoint": {},
+    "torch.distributed.fsdp": {},
+    "torch.distributed.tensor": {},
     "transformers.models": {},  # its list of models is part of that of transformers
 }
 APART = {"transformers.models"}  # whose parts do not need the package to be run
