@@ -21,7 +21,7 @@ from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
 
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths, label_log_probs
 from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder
 from isthmus.model.parts import load_network, loading, model_type, resolve
 from isthmus.speech.audio import SAMPLE_RATE
@@ -70,8 +70,7 @@ class PretrainedCTC(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the units, the blank among them."""
-        logits: Tensor = self.head(frames)
-        return logits.float().log_softmax(dim=-1)
+        return label_log_probs(self.head, frames)
 
     def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
         """Best path: repeats joined, blanks dropped."""

@@ -87,8 +87,7 @@ class ConformerCTC(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the units, the blank among them."""
-        logits: Tensor = self.network.ctc_head(frames)
-        return logits.float().log_softmax(dim=-1)
+        return label_log_probs(self.network.ctc_head, frames)
 
     @property
     def blank(self) -> int:
@@ -134,6 +133,16 @@ class ConformerCTC(nn.Module):
         config = initial_config(architecture, tokenizer, front_end)
         network = AutoModelForCTC.from_config(config, trust_remote_code=False)
         return cls(network, tokenizer, front_end)
+
+
+def label_log_probs(head: nn.Module, frames: Tensor) -> Tensor:
+    """Log-probabilities (B, T, V) of labels by a CTC head on frames (B, T, D), in float32.
+
+    Parakeet's head is a bare convolution, over time, in the oldest transformers that we take.
+    """
+    bare = type(head) is nn.Conv1d
+    logits: Tensor = head(frames.transpose(1, 2)).transpose(1, 2) if bare else head(frames)
+    return logits.float().log_softmax(dim=-1)
 
 
 def best_paths(log_probs: Tensor, num_frames: Tensor, blank: int) -> list[list[int]]:

@@ -21,7 +21,12 @@ from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
 from transformers.masking_utils import create_bidirectional_mask
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
+from isthmus.model.conformer import (
+    FRONT_END_FILE,
+    ConformerCTC,
+    label_log_probs,
+    subsampled_length,
+)
 from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, without_autocast
 from isthmus.model.parts import (
     PartSettings,
@@ -256,8 +261,7 @@ class ParakeetHead(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the labels of frames (B, T, D), the blank among them."""
-        logits: Tensor = self.convolution(frames)
-        return logits.float().log_softmax(dim=-1)
+        return label_log_probs(self.convolution, frames)
 
 
 CTCHead = ConformerCTC | ParakeetHead
