@@ -137,11 +137,20 @@ def discard(path: Path) -> None:
         log.warning("%s could not be removed: %s. Remove it by hand.", path, error.strerror)
 
 
-def verify_folder(path: Path, sums: Mapping[str, str] | None = None) -> None:
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def verify_folder(
+    path: Path,
+    sums: Mapping[str, str] | None = None,
+    digest_of: Callable[[Path], str] = file_sha256,
+) -> None:
     """Raise IsthmusError unless `path` holds the files of its manifest, unchanged, and no others.
 
     The manifest must be, byte by byte, as write_folder writes it. A folder that is known beforehand
-    has `sums`, SHA-256 by file, in its place.
+    has `sums`, SHA-256 by file, in its place. `digest_of` may remember what it read before.
     """
     try:
         recover_folder(path)
@@ -156,7 +165,7 @@ def verify_folder(path: Path, sums: Mapping[str, str] | None = None) -> None:
                 "What you put there yourself, move away."
             )
         for name, file in found.items():
-            if (digest := file_sha256(file)) != sums[name]:
+            if (digest := digest_of(file)) != sums[name]:
                 raise IsthmusError(
                     f"{file} is damaged: its SHA-256 is {digest}, and should be {sums[name]}."
                 )
@@ -216,11 +225,6 @@ def _files(folder: Path) -> dict[str, Path]:
     """What is no folder in `folder` and below, by its path in it, sorted."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
-
-
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _forget(file: Path) -> None:
