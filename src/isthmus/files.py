@@ -137,21 +137,17 @@ def discard(path: Path) -> None:
         log.warning("%s could not be removed: %s. Remove it by hand.", path, error.strerror)
 
 
-def file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def verify_folder(
     path: Path,
     sums: Mapping[str, str] | None = None,
-    digest_of: Callable[[Path], str] = file_sha256,
+    digest_of: Callable[[Path], str] | None = None,
 ) -> None:
     """Raise IsthmusError unless `path` holds the files of its manifest, unchanged, and no others.
 
     The manifest must be, byte by byte, as write_folder writes it. A folder that is known beforehand
     has `sums`, SHA-256 by file, in its place. `digest_of` may remember what it read before.
     """
+    digest_of = digest_of or file_sha256
     try:
         recover_folder(path)
         sums = _read_manifest(path) if sums is None else sums
@@ -225,6 +221,11 @@ def _files(folder: Path) -> dict[str, Path]:
     """What is no folder in `folder` and below, by its path in it, sorted."""
     paths = [path for path in folder.rglob("*") if not path.is_dir()]
     return {path.relative_to(folder).as_posix(): path for path in sorted(paths)}
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _forget(file: Path) -> None:
