@@ -86,12 +86,36 @@ def fault(settings: LLMSettings) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "t5encoder", "unheard-of"])
+@pytest.mark.parametrize("architecture", ["bert", "unheard-of"])
 def test_another_kind_of_model(architecture: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "other.gguf", architecture=architecture)
     said = fault(LLMSettings(path=str(tmp_path / "other.gguf")))
     assert "other.gguf cannot be loaded" in said
     assert "kind" in said
+
+
+@pytest.mark.parametrize("architecture", ["t5", "t5encoder"])
+def test_an_encoder_is_no_causal_model(
+    architecture: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "t5.gguf", architecture=architecture)
+    said = fault(LLMSettings(path=str(tmp_path / "t5.gguf")))
+    assert "t5" in said.lower()
+    assert "no causal language model" in said
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("lacking", "rows", "words"),
+    [("blk.0.ffn_up", 0, ["lacks 1 weights", "up_proj"]), ("", 300, ["(259, 32)", "(300, 32)"])],
+)
+def test_weights_that_do_not_fit(
+    lacking: str, rows: int, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "odd.gguf", lacking=lacking, rows=rows)
+    said = fault(LLMSettings(path=str(tmp_path / "odd.gguf")))
+    assert all(word in said for word in words)
+    assert "REPORT" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("length", [0, 20, 3000, -2000, -40])

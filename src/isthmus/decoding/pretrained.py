@@ -1,8 +1,7 @@
 """Pretrained recognisers, which are systems like any other: Whisper and its kin, and CTC models."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-from transformers.utils import logging as transformers_logging
 
 from isthmus.decoding.recogniser import Recogniser, Speech
 from isthmus.decoding.timestamps import CTC_TYPES, CTCModel, load_ctc, load_processor
@@ -25,6 +23,7 @@ from isthmus.model.parts import (
     load_network,
     loading,
     model_type,
+    quiet,
 )
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
@@ -168,7 +167,7 @@ class Seq2SeqRecogniser(Recogniser):
         if self.languages:
             options |= {"language": language, "task": "transcribe"}
         try:
-            with _quiet():
+            with quiet():
                 out = self.network.generate(**batch, **options, return_dict_in_generate=True)
         except (TypeError, ValueError) as error:
             raise IsthmusError(
@@ -184,17 +183,6 @@ class Seq2SeqRecogniser(Recogniser):
         ended = not ends.isdisjoint(tokens[1:])  # the first begins the text; it may be the same one
         text = str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip()
         return Segment(0.0, speech.seconds, text, finish_reason="stop" if ended else "length")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers says to the one who calls `generate`, nobody here."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
 
 
 def pretrained_settings(folder: Path) -> PretrainedDecodeSettings:

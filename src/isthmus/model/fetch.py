@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isthmus.errors import IsthmusError, RetryLater, suggest
+from isthmus.errors import IsthmusError, RetryLater, one_line, suggest
 from isthmus.files import (
     FolderLock,
     discard,
@@ -249,7 +249,9 @@ def _write(part: Part, folder: Path, files: Mapping[str, Path], sums: Mapping[st
         except OSError:
             raise
         except Exception as error:  # readers meet damage with many unrelated kinds
-            raise IsthmusError(f"damage was found, {_reason(error)}.") from error
+            raise IsthmusError(
+                f"damage was found, {type(error).__name__}: {one_line(error)}."
+            ) from error
 
     try:
         write_folder(folder, fill, sums)
@@ -272,7 +274,8 @@ def _from_hub(part: Part) -> dict[str, Path]:
                 HfApi().model_info(**where, timeout=HUB_SECONDS)
                 path = hf_hub_download(filename=name, **where)
         except Exception as error:  # the hub client raises many unrelated kinds
-            raise IsthmusError(f"{part.repository}, {name}: {_reason(error)}.") from error
+            fault = f"{type(error).__name__}: {one_line(error)}"
+            raise IsthmusError(f"{part.repository}, {name}: {fault}.") from error
         files[name] = Path(path)
     return files
 
@@ -351,7 +354,3 @@ def _empty(folder: Path) -> Path:
     discard(folder)
     folder.mkdir()
     return folder
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"
