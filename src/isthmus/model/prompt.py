@@ -304,9 +304,9 @@ class _TokenisedPrompt:
             for token in template_tokens(tokenizer, one.text)
         ]
         steering = [_steering(tokenizer, tokens) for tokens in (joint[start:], named)]
-        unknown = str(tokenizer.unk_token)  # by name, not for want of a letter
+        unknown = tokenizer.unk_token  # by name, not for want of a letter
         spelt = steering[0] != steering[1] or any(
-            unknown in one.text for one in texts if one.kind is Kind.TEXT
+            unknown in one.text for one in texts if unknown and one.kind is Kind.TEXT
         )
         if joint[:start] != self.tokens or spelt:
             return [token for one in texts for token in self._apart(one)]
