@@ -322,7 +322,9 @@ def test_a_whisper_without_generation_config_knows_its_languages(
     stored, found = GenerationConfig.from_pretrained(source), recogniser.network.generation_config
     for name in ("lang_to_id", "task_to_id", "is_multilingual", "no_timestamps_token_id"):
         assert getattr(found, name) == getattr(stored, name)
-    german, english = (load_system(folder, language=one).transcribe(list(audio)) for one in ("de", "en"))
+    german, english = (
+        load_system(folder, language=one).transcribe(list(audio)) for one in ("de", "en")
+    )
     assert [one.text for one in german] != [one.text for one in english]
     with pytest.raises(IsthmusError, match="'eng'. Did you mean 'en'"):
         load_system(folder, language="eng")

@@ -34,7 +34,7 @@ from isthmus.scoring import read_texts
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript
 from isthmus.training.folder import DEFAULT, holds_run
-from isthmus.training.stored import load_run
+from isthmus.training.run_loading import load_run
 
 LOGIT_BYTES = 256 * 2**20  # of a batch, in float32
 
