@@ -39,7 +39,7 @@ try:
 except SystemExit as end:
     assert not end.code, end.code
 """
-AS_EVER = "import isthmus.decoding.alone as alone; alone.decode_alone = lambda: None"
+AS_EVER = "import isthmus.decoding.lazy_imports as lazy; lazy.defer_compiler_imports = lambda: None"
 
 
 def run(program: str, *arguments: object) -> str:
@@ -94,8 +94,8 @@ def test_the_results_are_the_same(recording: Path) -> None:
 
 POSTPONED = """
 import sys
-from isthmus.decoding.alone import decode_alone
-decode_alone()
+from isthmus.decoding.lazy_imports import defer_compiler_imports
+defer_compiler_imports()
 from transformers import LlamaForCausalLM
 assert "torch._dynamo.eval_frame" not in sys.modules, "nothing was postponed"
 """
@@ -137,8 +137,8 @@ def test_what_was_loaded_stays() -> None:
     program = """
 import sys, torch._dynamo, transformers.models
 before = torch._dynamo, transformers.models
-from isthmus.decoding.alone import decode_alone
-decode_alone()
+from isthmus.decoding.lazy_imports import defer_compiler_imports
+defer_compiler_imports()
 assert before == (sys.modules["torch._dynamo"], sys.modules["transformers.models"])
 assert callable(torch._dynamo.mark_dynamic)
 """

@@ -18,8 +18,8 @@ from isthmus.errors import IsthmusError
 from isthmus.files import verify_folder
 from isthmus.recipe import load_recipe
 from isthmus.training import loop
+from isthmus.training.run_loading import load_run
 from isthmus.training.runs import train
-from isthmus.training.stored import load_run
 
 TEXTS = ("go left", "stop", "one two", "yes")
 

@@ -18,8 +18,8 @@ from isthmus.model.weights import sha256
 from isthmus.recipe import Recipe
 from isthmus.training.folder import PARTS
 from isthmus.training.loop import METRICS
+from isthmus.training.run_loading import load_run
 from isthmus.training.runs import train
-from isthmus.training.stored import load_run
 from tests.layouts import dequantised, write_gguf, write_layout
 
 STEPS = 10

@@ -107,14 +107,14 @@ class Recipe(Experiment):
     def build_encoder(self) -> Encoder:
         """The encoder alone, its weights as training holds them."""
         encoder = self.encoder.build()
-        encoder.store(getattr(torch, self.held(self.encoder.tune)))
+        encoder.store(getattr(torch, self.weight_precision(self.encoder.tune)))
         return encoder
 
     def build_llm(self) -> LLM:
         """The language model alone, its weights as training holds them."""
         settings = self.llm
         if settings.dtype == "auto":
-            settings = settings.model_copy(update={"dtype": self.held(settings.tune)})
+            settings = settings.model_copy(update={"dtype": self.weight_precision(settings.tune)})
         llm = settings.build()
         if self.llm.tune == "frozen":
             freeze(llm)
@@ -122,7 +122,7 @@ class Recipe(Experiment):
             quantise(llm.network, self.llm.quantise)
         return llm
 
-    def held(self, tune: Tune) -> Precision:
+    def weight_precision(self, tune: Tune) -> Precision:
         """What the weights of a part are held in, whatever its files have.
 
         Small steps get lost in half precision, so a part that is trained whole has float32.

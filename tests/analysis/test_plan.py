@@ -311,14 +311,16 @@ def test_every_row_of_the_papers_sweeps_can_be_planned(
     planned: dict[str, Plan] = {}  # many rows are runs of several sweeps
     for name in shipped_sweeps():
         sweep = sweep_plan(name, "paper", tmp_path)
-        makers = {
+        producers = {
             str(sweep.folder / "models" / model / "model"): sweep.expanded(recipe)
             for model, recipe in sweep.shared(sweep.runs).models.items()
         }
         for run in sweep.runs:
             if run.name not in planned:
                 chosen = sweep.expanded(run.recipe)
-                planned[run.name] = make_plan(chosen, Hardware(count=4), hours=10, makers=makers)
+                planned[run.name] = make_plan(
+                    chosen, Hardware(count=4), hours=10, producers=producers
+                )
                 encoder = chosen.encoder
                 if isinstance(encoder, WhisperSettings):  # 300 embeddings, and four of the GPUs
                     assert encoder.keep_padding
@@ -332,7 +334,7 @@ def test_what_a_recipe_will_make_has_its_size(tmp_path: Path) -> None:
     small = load_any_recipe("tiny/ladder/conformer-small")
     assert isinstance(small, CTCRecipe)
     encoder, folder = {"type": "conformer", "path": "yet/to/be/made"}, tmp_path / "made"
-    planned = make_plan(recipe(encoder), makers={"yet/to/be/made": small})
+    planned = make_plan(recipe(encoder), producers={"yet/to/be/made": small})
     assert any("yet/to/be/made is not here yet" in note for note in planned.notes)
     small.build().save(folder)
     made = make_plan(recipe(encoder | {"path": str(folder)}))

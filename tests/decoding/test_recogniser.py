@@ -308,6 +308,48 @@ def test_whisper_is_told_the_language_of_the_data(
     assert english.transcribe(cuts)  # and needs none
 
 
+def test_a_whisper_without_generation_config_knows_its_languages(
+    recogniser_folder: Callable[[str], Path],
+    audio: list[np.ndarray],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = recogniser_folder("whisper")
+    folder = without(source, tmp_path, "generation_config.json")
+    recogniser = load_system(folder, language="de")
+    assert isinstance(recogniser, Seq2SeqRecogniser)
+    assert not caplog.records
+    stored, found = GenerationConfig.from_pretrained(source), recogniser.network.generation_config
+    for name in ("lang_to_id", "task_to_id", "is_multilingual", "no_timestamps_token_id"):
+        assert getattr(found, name) == getattr(stored, name)
+    german, english = (
+        load_system(folder, language=one).transcribe(list(audio)) for one in ("de", "en")
+    )
+    assert [one.text for one in german] != [one.text for one in english]
+    with pytest.raises(IsthmusError, match="'eng'. Did you mean 'en'"):
+        load_system(folder, language="eng")
+
+
+@pytest.mark.parametrize("name", ["whisper-tiny.en", "whisper-base"])
+def test_generation_configs_of_real_whispers_follow_from_their_tokens(
+    name: str, parts: Path
+) -> None:
+    """Tokenizers of Whispers of English have all the languages too."""
+    stored, found = GenerationConfig.from_pretrained(parts / name), GenerationConfig()
+    pretrained.complete_generation(found, AutoTokenizer.from_pretrained(parts / name))
+    for key in ("lang_to_id", "task_to_id", "no_timestamps_token_id"):
+        assert getattr(found, key, None) == getattr(stored, key, None)
+
+
+def test_a_whisper_without_preprocessor_config_hears_the_same(
+    recogniser_folder: Callable[[str], Path], audio: list[np.ndarray], tmp_path: Path
+) -> None:
+    source = recogniser_folder("whisper.en")
+    folder = without(source, tmp_path, "preprocessor_config.json")
+    expected, found = (load_system(one).transcribe(list(audio)) for one in (source, folder))
+    assert [one.text for one in found] == [one.text for one in expected]
+
+
 def test_long_recordings_are_heard_to_their_end(
     recogniser_folder: Callable[[str], Path], waves: Waves
 ) -> None:
@@ -456,7 +498,7 @@ def without(source: Path, folder: Path, *patterns: str) -> Path:
     ("name", "gone", "says"),
     [
         ("whisper", "tokenizer*", "tokenizer"),
-        ("hubert-layer", "preprocessor_config.json", "feature extractor"),
+        ("hubert-layer", "preprocessor_config.json", "no preprocessor_config.json"),
         ("moonshine", "*.safetensors", "no weights"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Any
 
 from lhotse.cut import Cut
 
+from isthmus.analysis.placeholders import UNITS, Producers, missing_models, shipped_producers
 from isthmus.analysis.sizes import (
     activation_bytes,
     frame_bytes,
@@ -18,7 +19,6 @@ from isthmus.analysis.sizes import (
     uses_cache,
     weight_bytes,
 )
-from isthmus.analysis.unmade import UNITS, Makers, shipped_makers, unmade
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
 from isthmus.model.encoder import PairSettings, WhisperEncoder, parameters
@@ -164,23 +164,23 @@ def make_plan(
     *,
     hours: float | None = None,
     mean_seconds: float | None = None,
-    makers: Makers | None = None,
+    producers: Producers | None = None,
 ) -> Plan:
     """What training by `recipe` takes; docs/plan.md has the formulas.
 
     With `hours` or `mean_seconds` the data are read English in that amount, else what data.train
-    says, if it can be read here. A model that is not here, but one of the recipes in `makers` (the
+    says, if it can be read here. A model that is not here, but one of the recipes in `producers` (the
     shipped ones unless given) makes it, has the size that it will have. Nothing is downloaded and
     no weight is read. Raises IsthmusError for models that are not known offline, and for other
     GPUs.
     """
     hardware = hardware or Hardware()
     hardware.flops_an_hour()
-    makers = shipped_makers() if makers is None else makers
+    producers = shipped_producers() if producers is None else producers
     if isinstance(recipe, Recipe):
-        return _plan(recipe, hardware, hours, mean_seconds, makers)
+        return _plan(recipe, hardware, hours, mean_seconds, producers)
     assert isinstance(recipe, CTCRecipe | LanguageRecipe)
-    return _plan_pretraining(recipe, hardware, hours, mean_seconds, makers)
+    return _plan_pretraining(recipe, hardware, hours, mean_seconds, producers)
 
 
 def _plan(
@@ -188,10 +188,10 @@ def _plan(
     hardware: Hardware,
     hours: float | None,
     mean_seconds: float | None,
-    makers: Makers,
+    producers: Producers,
 ) -> Plan:
     an_hour = hardware.flops_an_hour()
-    with sized_model(recipe, makers) as model:
+    with sized_model(recipe, producers) as model:
         limit = model.encoder.max_seconds
         speech = heard_speech(recipe.data, model.llm.tokenizer, limit, hours, mean_seconds)
         seconds, tokens = speech.mean_seconds, math.ceil(speech.mean_tokens)
@@ -224,7 +224,7 @@ def _plan(
         epoch=work(math.ceil(speech.utterances / step), speech.utterances),
         run=work(recipe.train.steps, recipe.train.steps * step),
         hardware=hardware,
-        notes=[*_notes(recipe, model), *_supposed(recipe, makers)],
+        notes=[*_notes(recipe, model), *_placeholder_notes(recipe, producers)],
     )
 
 
@@ -233,11 +233,11 @@ def _plan_pretraining(
     hardware: Hardware,
     hours: float | None,
     mean_seconds: float | None,
-    makers: Makers,
+    producers: Producers,
 ) -> Plan:
     """Of a model that is trained alone, whole: 6 FLOP for each weight and position."""
     speech = None
-    with sized_pretraining(recipe, makers) as model:
+    with sized_pretraining(recipe, producers) as model:
         if isinstance(recipe, CTCRecipe):
             assert isinstance(model, ConformerCTC)
             speech = heard_speech(recipe.data, stand_in_tokenizer(), math.inf, hours, mean_seconds)
@@ -276,7 +276,7 @@ def _plan_pretraining(
         epoch=work(math.ceil(items / step), items),
         run=work(recipe.train.steps, recipe.train.steps * step),
         hardware=hardware,
-        notes=[*_training_notes(recipe), *_supposed(recipe, makers)],
+        notes=[*_training_notes(recipe), *_placeholder_notes(recipe, producers)],
     )
 
 
@@ -380,9 +380,9 @@ def _notes(recipe: Recipe, model: SpeechLLM) -> Iterator[str]:
     yield from _training_notes(recipe)
 
 
-def _supposed(recipe: Experiment, makers: Makers) -> Iterator[str]:
-    for name in unmade(recipe, makers):
-        made = f"what {makers[name].name} makes" if name in makers else f"{UNITS:,} units"
+def _placeholder_notes(recipe: Experiment, producers: Producers) -> Iterator[str]:
+    for name in missing_models(recipe, producers):
+        made = f"what {producers[name].name} makes" if name in producers else f"{UNITS:,} units"
         yield f"{name} is not here yet: the plan is with {made}."
 
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from isthmus.analysis.unmade import Makers, Pretrained, build_sized, supposed
+from isthmus.analysis.placeholders import Pretrained, Producers, build_sized, with_placeholders
 from isthmus.model.encoder import Encoder, EncoderSettings, parameters
 from isthmus.model.layers import decoder_layers
 from isthmus.model.llm import LLMSettings
@@ -31,7 +31,7 @@ NF4_BITS = 4.5  # of a weight, with its share of a scale for every 64
 
 
 @contextmanager
-def sized_model(recipe: Recipe, makers: Makers) -> Iterator[SpeechLLM]:
+def sized_model(recipe: Recipe, producers: Producers) -> Iterator[SpeechLLM]:
     """The model that `recipe` builds, on the meta device and not yet quantised.
 
     Scales of quantised weights would count as parameters. Raises IsthmusError for models that are
@@ -39,14 +39,16 @@ def sized_model(recipe: Recipe, makers: Makers) -> Iterator[SpeechLLM]:
     """
     plain = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"quantise": "none"})})
     with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
-        yield supposed(plain, Path(folder), makers).build()
+        yield with_placeholders(plain, Path(folder), producers).build()
 
 
 @contextmanager
-def sized_pretraining(recipe: CTCRecipe | LanguageRecipe, makers: Makers) -> Iterator[Pretrained]:
+def sized_pretraining(
+    recipe: CTCRecipe | LanguageRecipe, producers: Producers
+) -> Iterator[Pretrained]:
     """The same of a model that is trained alone."""
     with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
-        yield build_sized(supposed(recipe, Path(folder), makers), Path(folder) / "new")
+        yield build_sized(with_placeholders(recipe, Path(folder), producers), Path(folder) / "new")
 
 
 def preset_parameters(name: str) -> int:

@@ -42,7 +42,7 @@ from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
-from isthmus.training.folder import BEST, CHECKPOINTS, DEFAULT, RECIPE
+from isthmus.training.folder import BEST, CHECKPOINTS, DEFAULT, RECIPE, holds_run
 from isthmus.training.folder import PARTS as FROZEN
 from isthmus.training.languages import language
 
@@ -100,7 +100,7 @@ def system(
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})
-    if (folder / RECIPE).is_file():
+    if holds_run(folder):
         model = {
             "recipe": sha256(folder / RECIPE),
             "frozen": sha256(folder / FROZEN),

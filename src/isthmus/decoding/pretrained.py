@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
+from transformers.models.whisper.tokenization_whisper import TASK_IDS, TO_LANGUAGE_CODE
 
 from isthmus.decoding.recogniser import Recogniser, Speech
 from isthmus.decoding.timestamps import CTC_TYPES, CTCModel, load_ctc, load_processor
@@ -29,6 +29,7 @@ from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import collate
 
+START_OF_ENGLISH = 50257  # <|startoftranscript|> in Whispers of English, in others 50258
 SHORTEST = SAMPLE_RATE // 10  # samples; a shorter utterance is followed by silence up to there
 log = logging.getLogger(__name__)
 
@@ -198,6 +199,24 @@ def pretrained_settings(folder: Path) -> PretrainedDecodeSettings:
     )
 
 
+def complete_generation(generation: Any, tokenizer: Any) -> None:
+    """What the generation config of a Whisper lacks, as its tokenizer has it.
+
+    That of a Whisper of English has the languages too, behind a vocabulary that is a token smaller.
+    """
+    tokens: dict[str, int] = tokenizer.get_vocab()
+    languages = {f"<|{code}|>" for code in TO_LANGUAGE_CODE.values()} & tokens.keys()
+    tasks = {name: tokens[f"<|{name}|>"] for name in TASK_IDS if f"<|{name}|>" in tokens}
+    multilingual = languages and tokens.get("<|startoftranscript|>") != START_OF_ENGLISH
+    found: dict[str, Any] = {"no_timestamps_token_id": tokens.get("<|notimestamps|>")}
+    if getattr(generation, "is_multilingual", multilingual):
+        found["lang_to_id"] = {name: tokens[name] for name in languages}
+        found |= {"task_to_id": tasks, "is_multilingual": True}
+    for name, value in found.items():
+        if value and not hasattr(generation, name):
+            setattr(generation, name, value)
+
+
 def load_pretrained(
     folder: Path, settings: RecogniserSettings, name: str, align_model: str | None = None
 ) -> Recogniser:
@@ -215,4 +234,6 @@ def load_pretrained(
         )
     network = load_network(AutoModelForSpeechSeq2Seq, folder, name, "float32")
     extractor, tokenizer = load_processor(folder, name, network)
+    if config.model_type == "whisper":
+        complete_generation(network.generation_config, tokenizer)
     return Seq2SeqRecogniser(network.to(device), extractor, tokenizer, settings, aligner)

@@ -31,7 +31,7 @@ from isthmus.recipe import change_settings
 from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.activity import has_speech
 from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.stored import load_run, stored_recipe
+from isthmus.training.run_loading import load_run, stored_recipe
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
     from isthmus.training.features import FeatureCache

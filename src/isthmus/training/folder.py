@@ -54,9 +54,14 @@ def local_system(name: str | Path) -> Path | None:
     return run
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is one of a run, which has a recipe."""
+    return (folder / RECIPE).is_file()
+
+
 def check_run(folder: Path) -> None:
     """Raise IsthmusError unless this is a run folder, and of no newer isthmus than this."""
-    if not (folder / RECIPE).is_file():
+    if not holds_run(folder):
         raise IsthmusError(
             f"{folder} is no run folder: it has no {RECIPE}. Name one that `isthmus train` made."
         )

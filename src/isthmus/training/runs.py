@@ -35,8 +35,8 @@ from isthmus.training.language import LanguageTask
 from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
+from isthmus.training.run_loading import as_recorded, compare_sources
 from isthmus.training.spelling import UNITS, keep_units, run_units
-from isthmus.training.stored import as_recorded, compare_sources
 
 DATA = "data.json"
 CHANGES = "changes.jsonl"

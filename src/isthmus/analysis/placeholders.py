@@ -29,12 +29,12 @@ from isthmus.recipe_files import shipped_recipes
 
 UNITS = 1000  # SpeechGPT's clusters (arXiv 2305.11000)
 AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)
-Makers = Mapping[str, Pretraining]  # recipes, by where the model that they make will be
+Producers = Mapping[str, Pretraining]  # recipes, by where the model that they make will be
 Pretrained = ConformerCTC | LLM
 
 
 @lru_cache
-def shipped_makers() -> Makers:
+def shipped_producers() -> Producers:
     """Recipes of pretraining that ship, by their run folders and by the models of sweeps."""
     found: dict[str, Pretraining] = {}
     for name in shipped_recipes():
@@ -45,23 +45,25 @@ def shipped_makers() -> Makers:
     return found
 
 
-def unmade(recipe: Experiment, makers: Makers) -> Iterator[str]:
-    """Models and files of units that the recipe names, are not here, and can be supposed."""
+def missing_models(recipe: Experiment, producers: Producers) -> Iterator[str]:
+    """Models and files of units that the recipe names, are not here, and have placeholders."""
     for part, key in named_models(recipe.model_dump(mode="json")):
-        known = part[key] in makers or part.get("type") == "units"
+        known = part[key] in producers or part.get("type") == "units"
         if known and not Path(part[key]).expanduser().exists():
             yield part[key]
 
 
-def supposed(recipe: AnyRecipe, folder: Path, makers: Makers) -> AnyRecipe:
-    """The recipe with what is unmade in `folder`; to be called within `on_meta`."""
-    names = {*unmade(recipe, makers)}
+def with_placeholders(recipe: AnyRecipe, folder: Path, producers: Producers) -> AnyRecipe:
+    """The recipe with placeholders in `folder` for what is missing; to be called within `on_meta`."""
+    names = {*missing_models(recipe, producers)}
     values = recipe.model_dump(mode="json")
     for part, key in named_models(values):
         if part[key] in names:
             place = folder / part[key].strip("/").replace("/", "--")
-            if part[key] in makers:
-                part[key] = _model(supposed(makers[part[key]], folder, makers), place)
+            if part[key] in producers:
+                part[key] = _model(
+                    with_placeholders(producers[part[key]], folder, producers), place
+                )
             else:  # of the frames of the encoder, which comes before the projector
                 settings: TypeAdapter[EncoderSettings] = TypeAdapter(EncoderSettings)
                 dim = settings.validate_python(values["encoder"]).build().dim

@@ -17,12 +17,13 @@ import torch
 from transformers.utils.import_utils import is_torch_distributed_available
 
 
-def decode_alone() -> None:
+def defer_compiler_imports() -> None:
     """Leave out what compiles networks or spreads them, for as long as this process lives.
 
     To be called before the first network is imported: what was is not undone. The modules of
-    POSTPONED are then known but not run, until one is asked for more than its answers. So a version
-    of torch or transformers that asks for more is slower, not wrong.
+    POSTPONED are then known but not run, until one is asked for more than its answers. That
+    the results are then the same is known of the versions that tests/test_cold_start.py is run
+    with: the pinned ones, and the newest (`make newest`).
     """
     with patch.object(torch.distributed, "is_available", lambda: False):
         is_torch_distributed_available()  # it remembers
