@@ -37,7 +37,8 @@ newest:
 	$(NEWEST)/bin/python -m pip install --disable-pip-version-check --upgrade \
 	    -e ".[gguf]" transformers peft pytest
 	$(NEWEST)/bin/pytest -q -W error::FutureWarning -k "not compiled and not real_parts" \
-	    tests/test_cold_start.py tests/test_weights.py tests/decoding/test_beam.py tests/decoding/test_steps.py \
+	    tests/test_cold_start.py tests/test_weights.py \
+	    tests/decoding/test_beam.py tests/decoding/test_steps.py \
 	    $(addprefix tests/model/test_,$(addsuffix .py,cache encoder gguf layers_of_models llm packing \
 	    quantise speech_llm weights))
 

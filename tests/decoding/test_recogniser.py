@@ -326,7 +326,7 @@ def test_a_whisper_without_generation_config_knows_its_languages(
         load_system(folder, language=one).transcribe(list(audio)) for one in ("de", "en")
     )
     assert [one.text for one in german] != [one.text for one in english]
-    with pytest.raises(IsthmusError, match="'eng'. Did you mean 'en'"):
+    with pytest.raises(IsthmusError, match=r"'eng'.*'en'"):
         load_system(folder, language="eng")
 
 

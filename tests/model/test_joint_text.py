@@ -47,7 +47,7 @@ ZEPHYR = (  # text behind a special token, as TinyLlama's
     "{% for turn in messages %}<|{{ turn['role'] }}|>\n{{ turn['content'] }}{{ eos_token }}\n"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
-# Kinds of tokenizers, and the texts that have a token in common with the authors' prompt before them
+# Kinds of tokenizers, and the texts into which a token of the authors' prompt reaches
 JOINED: dict[str, set[str]] = {
     "llama": set(),
     "llama-legacy": set(),
@@ -216,10 +216,9 @@ def test_ids_are_those_of_the_joint_text(kind: str, name: str, make: Callable[..
 
 
 def test_a_tokenizer_without_unknown_token_has_no_name_for_it(make: Callable[..., Any]) -> None:
-    tokenizer, prompt = make("qwen2"), PaperPrompt()
+    tokenizer, prompt = make("qwen2"), SlamPrompt(instruction="None of it. ")
     tokenizer.unk_token = None
-    for text in ("None came", "none came"):
-        assert flat(tokenizer, prompt, text) == expected(tokenizer, prompt, text)
+    assert flat(tokenizer, prompt, "go") == expected(tokenizer, prompt, "go")
 
 
 @pytest.mark.parametrize("name", PROMPTS)

@@ -54,7 +54,7 @@ def missing_models(recipe: Experiment, producers: Producers) -> Iterator[str]:
 
 
 def with_placeholders(recipe: AnyRecipe, folder: Path, producers: Producers) -> AnyRecipe:
-    """The recipe with placeholders in `folder` for what is missing; to be called within `on_meta`."""
+    """The recipe with placeholders in `folder` for what is missing; called within `on_meta`."""
     names = {*missing_models(recipe, producers)}
     values = recipe.model_dump(mode="json")
     for part, key in named_models(values):

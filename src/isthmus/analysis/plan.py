@@ -169,10 +169,10 @@ def make_plan(
     """What training by `recipe` takes; docs/plan.md has the formulas.
 
     With `hours` or `mean_seconds` the data are read English in that amount, else what data.train
-    says, if it can be read here. A model that is not here, but one of the recipes in `producers` (the
-    shipped ones unless given) makes it, has the size that it will have. Nothing is downloaded and
-    no weight is read. Raises IsthmusError for models that are not known offline, and for other
-    GPUs.
+    says, if it can be read here. A model that is not here, but one of the recipes in `producers`
+    (the shipped ones unless given) makes it, has the size that it will have. Nothing is downloaded
+    and no weight is read. Raises IsthmusError for models that are not known offline, and for
+    other GPUs.
     """
     hardware = hardware or Hardware()
     hardware.flops_an_hour()

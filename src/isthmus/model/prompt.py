@@ -50,9 +50,7 @@ class Kind(Enum):
     TEXT = "text"  # never becomes special tokens
     AUDIO = "audio"  # the projector's embeddings
     BEGIN = "begin"  # the tokenizer's beginning of sequence, if it has one
-    TOKENIZER_PREFIX = (
-        "tokenizer prefix"  # what the tokenizer by itself puts before a text: that, or nothing
-    )
+    TOKENIZER_PREFIX = "tokenizer prefix"  # what it puts before a text by itself, if anything
 
 
 @dataclass(frozen=True)
