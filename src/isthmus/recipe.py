@@ -5,6 +5,7 @@ in isthmus.recipe_settings.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, overload
@@ -278,7 +279,8 @@ def _retyped(overrides: Sequence[str], fault: str) -> Iterator[str]:
     for override in overrides:
         key, _, value = override.partition("=")
         part, _, tag = key.rpartition(".")
-        if part and tag in TAGS and f"unknown key {part}." in fault:
+        below = re.search(rf"unknown key {re.escape(part)}\.\S", fault)
+        if part and tag in TAGS and below:
             yield f'To change its {tag}, replace the whole part: {part}="{{{tag}: {value}}}"'
 
 

@@ -305,7 +305,9 @@ def test_whisper_is_told_the_language_of_the_data(
     assert german == [own_text(folder, a, language="de", task="transcribe") for a in audio[:5]]
     assert german != expected
     english = load_system(recogniser_folder("whisper.en"))
-    assert english.transcribe(cuts)  # and needs none
+    assert english.transcribe(cuts[:1])  # and needs none
+    with pytest.raises(IsthmusError, match="de-CH"):
+        english.transcribe(cuts)
 
 
 def test_a_whisper_without_generation_config_knows_its_languages(
@@ -463,8 +465,13 @@ def test_settings_without_effect_are_told(
     load_system(recogniser_folder("wav2vec2-group"), beam_size=4, language="en", batch_size=2)
     assert "beam_size, language" in caplog.text
     assert "batch_size" not in caplog.text
-    load_system(recogniser_folder("whisper.en"), language="en")
+    load_system(recogniser_folder("moonshine"), language="en")
     assert "one language only" in caplog.text
+    caplog.clear()
+    load_system(recogniser_folder("whisper.en"), language="english")
+    assert not caplog.text
+    with pytest.raises(IsthmusError, match="'de'"):
+        load_system(recogniser_folder("whisper.en"), language="de")
     load_system("default", language="de")
     assert "no effect on a run" in caplog.text
 

@@ -22,6 +22,7 @@ from isthmus.analysis.sizes import (
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
 from isthmus.model.encoder import PairSettings, WhisperEncoder, parameters
+from isthmus.model.fetch import is_fetched
 from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS, stand_in_tokenizer
 from isthmus.model.speech_llm import SpeechLLM
@@ -370,7 +371,7 @@ def _encoder_names(recipe: Recipe) -> list[str]:
 def _notes(recipe: Recipe, model: SpeechLLM) -> Iterator[str]:
     if any(isinstance(part, WhisperEncoder) for part in model.encoder.modules()):
         yield "Whisper's fixed sinusoidal positions are no parameters here, but they are weights."
-    if recipe.llm.path in PRESETS:
+    if recipe.llm.path in PRESETS and not is_fetched(recipe.llm.path):
         yield f"{recipe.llm.path}: its tokenizer is not here; a token for every 4 letters."
     for path in _encoder_names(recipe):
         if path in PRESETS and PRESETS[path].note:

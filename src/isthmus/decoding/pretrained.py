@@ -108,9 +108,11 @@ class Seq2SeqRecogniser(Recogniser):
         beams = settings.beam_size or self.network.generation_config.num_beams or 1
         self.settings = settings.model_copy(update={"beam_size": beams})
         self.aligner = aligner
-        # Whisper's alone; models of English have none
+        # that Whisper is told of; a Whisper of English has none, nor have other models
         self.languages: Mapping[str, int] = getattr(network.generation_config, "lang_to_id", {})
-        if settings.language and not self.languages:
+        english = network.config.model_type == "whisper" and not self.languages
+        self.known = {"en"} if english else {token.strip("<|>") for token in self.languages}
+        if settings.language and not self.known:
             log.warning("language has no effect: this model knows one language only.")
         self.check_language("")
 
@@ -122,8 +124,8 @@ class Seq2SeqRecogniser(Recogniser):
 
     def check_language(self, language: str) -> None:
         language = self.settings.language or language
-        if self.languages and language and self._code(language) is None:
-            codes = sorted(token.strip("<|>") for token in self.languages)
+        if self.known and language and self._code(language) is None:
+            codes = sorted(self.known)
             raise IsthmusError(
                 f"This model does not know the language {language!r}.{suggest(language, codes)} "
                 f"Name one that it knows with --language: {', '.join(codes)}."
@@ -133,7 +135,7 @@ class Seq2SeqRecogniser(Recogniser):
         """Whisper's code of a language that is called by its code, with a country, or its name."""
         name = language.lower().replace("_", "-").partition("-")[0]
         code = TO_LANGUAGE_CODE.get(name, name)
-        return code if f"<|{code}|>" in self.languages else None
+        return code if code in self.known else None
 
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:

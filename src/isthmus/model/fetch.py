@@ -174,6 +174,11 @@ def part_folder(name: str) -> Path:
     return fetch([name])[name]
 
 
+def is_fetched(path: str) -> bool:
+    """Whether this is the name of a part, and its folder is there."""
+    return path in FETCHED and (_parts_folder() / FETCHED[path]).is_dir()
+
+
 def _parts_folder() -> Path:
     return Path(os.environ.get(VARIABLE) or "~/.cache/isthmus-parts").expanduser().absolute()
 
@@ -246,7 +251,7 @@ def _write(part: Part, folder: Path, files: Mapping[str, Path], sums: Mapping[st
             shutil.copytree(GIVEN / given, out, dirs_exist_ok=True)
         try:
             convert(files, out)
-        except OSError:
+        except (OSError, ImportError):
             raise
         except Exception as error:  # readers meet damage with many unrelated kinds
             raise IsthmusError(

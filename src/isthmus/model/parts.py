@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, one_line, suggest
 from isthmus.files import read_json
-from isthmus.model.fetch import FETCHED, part_folder
+from isthmus.model.fetch import FETCHED, is_fetched, part_folder
 from isthmus.model.hub import DESCRIBING, download, download_model
 from isthmus.model.weights import (
     PICKLED,
@@ -115,7 +115,7 @@ def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> 
         raise IsthmusError(
             f"Unknown model {path!r} of isthmus.{suggest(path, known)} Known: {', '.join(known)}."
         )
-    elif planned:
+    elif planned and not is_fetched(path):
         return _planned_folder(planned, path)
     elif path in FETCHED:
         folder = part_folder(FETCHED[path])
