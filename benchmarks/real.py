@@ -225,7 +225,7 @@ def main() -> None:
             rows += measure_step(real_recipe(speech), given.repeats)
         if given.only != "step":
             steps = {"steps": given.steps, "save_every": given.steps, "eval_every": given.steps}
-            steps |= {"batch_size": given.batch_size}
+            steps |= {"batch_size": given.batch_size, "warmup_steps": 10}
             speech = manifest(2, 12, None, folder)
             rows += measure_level(real_recipe(speech, **steps), folder)
     report(rows, given.output)

@@ -206,7 +206,7 @@ ModelFolder = Callable[[str], Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What isthmus keeps for later is kept for this session only."""
+    """What isthmus keeps for later goes with the tests."""
     folder = tmp_path_factory.mktemp("user-cache")
     os.environ["ISTHMUS_CACHE"] = str(folder)
     return folder

@@ -474,3 +474,20 @@ def test_one_long_utterance_does_not_make_all_of_them_long(
     for limit in ("MOST_SCORES", "SCORE_BYTES"):
         monkeypatch.setattr(packing, limit, float("inf"))
     assert bytes_kept(network, ragged) > 2 * bytes_kept(network, even)
+
+
+def test_a_kernel_without_dropout_is_not_asked_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build("llama", GROUPED | {"attention_dropout": 0.1}).to(torch.bfloat16)
+    assert choose_attention(network).backend == "sdpa"
+    asked: list[int] = []
+
+    def kernel(query: Tensor, *others: Any) -> Tensor:
+        asked.append(query.shape[2])
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(packing, "_varlen", kernel)
+    embeddings = torch.randn(sum(LENGTHS), 16, dtype=torch.bfloat16)
+    packed_hidden(network.train(), embeddings, LENGTHS, "varlen")
+    assert not asked
+    packed_hidden(network.eval(), embeddings, LENGTHS, "varlen")
+    assert asked

@@ -97,11 +97,14 @@ def _attention(
     window = options.get("sliding_window")
     if window:
         packing.windows.add(window)
-    packing.kernels.add(packing.backend)
-    if packing.backend == "varlen":
+    dropout = options.get("dropout")
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if packing.backend == "varlen" and half and not dropout:
+        packing.kernels.add("varlen")
         return _varlen(query, key, value, packing, options.get("scaling"), window), None
+    packing.kernels.add("sdpa")
     slides = window and window < max(packing.lengths)
-    plain = ordinary == "sdpa" and not slides and not options.get("dropout")
+    plain = ordinary == "sdpa" and not slides and not dropout
     if plain and _products_win(query, packing.lengths):
         return _products(query, key, value, packing, options.get("scaling")), None
     outputs = []
@@ -377,6 +380,8 @@ def _fault(network: PreTrainedModel, ordinary: str, backend: Backend, noise: Ten
         config._attn_implementation = ordinary
     if not packing.kernels:
         return "its code does not let its attention know where an utterance ends"
+    if backend not in packing.kernels:
+        return "it needs half precision"
     if _slides(config) and not packing.windows:
         return "its attention does not say how far it slides"
     before, own, after = gradient.split(LENGTHS)

@@ -33,10 +33,10 @@ def leading() -> bool:
 def _keep_few_kernels() -> None:
     """Let oneDNN keep the kernels of a few shapes, if nothing has been multiplied yet.
 
-    It makes a kernel for each shape of a bfloat16 product on a CPU, up to 0.6 MB between the
+    It makes one for each shape of a bfloat16 product on a CPU, up to 0.6 MB in pieces between the
     tensors, and keeps 1,024. Batches hardly ever have the same length, so a long training would
-    keep 0.6 GB that is of no use, and break the memory around it into ever smaller pieces, until
-    allocation takes a third of its time. To make a kernel takes a fraction of a millisecond.
+    hold 0.6 GB that is of no use, and the free memory around it falls into thousands of pieces, in
+    which glibc searches longer with every step. To make one anew takes a fraction of a millisecond.
     """
     for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):  # its own, and ideep's
         os.environ.setdefault(cache, KERNELS)
