@@ -1,5 +1,6 @@
 """Tiny random models, written as the Hugging Face hub holds them."""
 
+import gc
 import os
 import warnings
 from collections.abc import Callable
@@ -205,7 +206,7 @@ ModelFolder = Callable[[str], Path]
 
 @pytest.fixture(scope="session", autouse=True)
 def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What isthmus keeps for later is kept for this session only."""
+    """What isthmus keeps for later goes with the tests."""
     folder = tmp_path_factory.mktemp("user-cache")
     os.environ["ISTHMUS_CACHE"] = str(folder)
     return folder
@@ -316,6 +317,7 @@ def isthmus(
             main()
         except SystemExit as stop:
             code = int(stop.code or 0)
+        gc.unfreeze()  # a command has its process to itself, but for here
         out, err = capsys.readouterr()
         return code, out, err
 

@@ -71,15 +71,24 @@ class Trap:
 
 
 def write_gguf(
-    file: Path, *, architecture: str = "llama", quantise: bool = True, seed: int = 0
+    file: Path,
+    *,
+    architecture: str = "llama",
+    quantise: bool = True,
+    seed: int = 0,
+    lacking: str = "",
+    rows: int = 0,
 ) -> None:
-    """A tiny random language model over bytes in one GGUF file, with its tokenizer."""
+    """A tiny random language model over bytes in one GGUF file, with its tokenizer.
+
+    It may lack a weight, or say that it has other `rows` of embeddings than it has.
+    """
     import gguf
     import numpy as np
     from tokenizers import pre_tokenizers
 
     width, inner, heads = 32, 64, 4
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "<|endoftext|>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "he", "<|endoftext|>"]
     writer = gguf.GGUFWriter(file, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(width)
@@ -89,12 +98,12 @@ def write_gguf(
     writer.add_head_count_kv(heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10_000.0)
-    writer.add_vocab_size(len(tokens))
+    writer.add_vocab_size(rows or len(tokens))
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     writer.add_token_types([1] * (len(tokens) - 1) + [3])
-    writer.add_token_merges(["t h"])
+    writer.add_token_merges(["t h", "h e"])
     writer.add_bos_token_id(len(tokens) - 1)
     writer.add_eos_token_id(len(tokens) - 1)
     rng = np.random.default_rng(seed)
@@ -102,6 +111,7 @@ def write_gguf(
     shapes |= {f"blk.0.attn_{part}": (width, width) for part in ("q", "k", "v", "output")}
     shapes |= {f"blk.0.ffn_{part}": (inner, width) for part in ("gate", "up")}
     shapes |= {"blk.0.ffn_down": (width, inner)}
+    shapes.pop(lacking, None)
     for name, shape in shapes.items():
         values = rng.normal(0, shape[1] ** -0.5, shape).astype(np.float32)
         kind = gguf.GGMLQuantizationType.Q8_0 if quantise else gguf.GGMLQuantizationType.F32

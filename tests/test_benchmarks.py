@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from isthmus.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -101,6 +104,50 @@ def test_durations_are_those_of_librispeech(training: ModuleType) -> None:
     drawn = training.durations(5000, np.random.default_rng(0))
     assert 12.1 < np.mean(drawn) < 12.7
     assert max(drawn) < 25
+
+
+@pytest.fixture
+def real(training: ModuleType) -> ModuleType:
+    return importlib.import_module("real")
+
+
+def test_the_ways_on_real_parts_do_the_same_work(
+    real: ModuleType, training: ModuleType, folder: Path
+) -> None:
+    """Where nothing is padded to 30 s, all have one loss, before and after a step."""
+    recipe = training.recipe_of(folder, training.QUICK, "bfloat16", precision="bfloat16")
+    steps = real.ways(recipe)
+    losses = {name: [own[0](), own[0]()] for name, own in steps.items()}
+    for found in losses.values():
+        assert found == pytest.approx(losses[real.THEIRS], rel=5e-3)
+        assert found[0] != found[1]
+
+
+def test_whisper_keeps_its_padding_in_the_baseline(
+    real: ModuleType, training: ModuleType, folder: Path, model_folder: Callable[[str], Path]
+) -> None:
+    recipe = training.recipe_of(folder, training.QUICK, "float32")
+    encoder = {"type": "whisper", "path": str(model_folder("whisper"))}
+    values = recipe.model_dump(exclude={"encoder"}, exclude_defaults=True)
+    trainer = real.theirs(Recipe.model_validate(values | {"encoder": encoder}), None)
+    batch = trainer.collate([np.zeros(16_000, np.float32)], [training.word(1)])
+    assert batch.modality_mask.sum() == 1500 // 5
+    assert trainer.step(batch)[0] > 0
+
+
+def test_time_on_real_parts_is_measured(
+    real: ModuleType, training: ModuleType, folder: Path
+) -> None:
+    half = {"precision": "bfloat16"}
+    recipe = training.recipe_of(folder, training.QUICK, "bfloat16", **half)
+    *ratios, outside = real.measure_step(recipe, 1)
+    assert [row.floor for row in ratios] == [0.6, 0.07, 0.12]
+    assert all(row.measured > 0 for row in ratios)
+    assert 0 < outside.measured < 1
+    steps = dict.fromkeys(("steps", "save_every", "eval_every"), 20)
+    recipe = training.recipe_of(folder, training.QUICK, "bfloat16", **half, **steps)
+    (row,) = real.measure_level(recipe, folder)
+    assert row.measured > 0
 
 
 def test_full_size_runs_tiny(

@@ -18,7 +18,8 @@ from isthmus.errors import IsthmusError
 from isthmus.files import verify_folder
 from isthmus.recipe import load_recipe
 from isthmus.training import loop
-from isthmus.training.runs import load_run, train
+from isthmus.training.run_loading import load_run
+from isthmus.training.runs import train
 
 TEXTS = ("go left", "stop", "one two", "yes")
 

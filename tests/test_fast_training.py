@@ -12,6 +12,7 @@ import soundfile
 import torch
 
 from isthmus.errors import IsthmusError
+from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
 from isthmus.training import features, runs
 from isthmus.training.loop import METRICS
@@ -108,13 +109,13 @@ def test_from_the_second_epoch_on_the_encoder_rests(
     make: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     encoded: list[int] = []
-    alone = runs.SpeechLLM.encode_alone
+    alone = SpeechLLM.encode_alone
 
-    def counting(model: runs.SpeechLLM, waveform: torch.Tensor) -> torch.Tensor:
+    def counting(model: SpeechLLM, waveform: torch.Tensor) -> torch.Tensor:
         encoded.append(len(waveform))
         return alone(model, waveform)
 
-    monkeypatch.setattr(runs.SpeechLLM, "encode_alone", counting)
+    monkeypatch.setattr(SpeechLLM, "encode_alone", counting)
     cached = {"feature_cache": "float32"}
     curve(make(data=cached), tmp_path / "first")
     assert len(encoded) == len(TEXTS)  # training and validation are on the same recordings
@@ -279,7 +280,7 @@ def test_evaluation_reads_the_cache_that_training_filled(
     def fail(*arguments: Any) -> None:
         raise AssertionError("the encoder is at work")
 
-    monkeypatch.setattr(runs.SpeechLLM, "encode", fail)
+    monkeypatch.setattr(SpeechLLM, "encode", fail)
     code, out, _ = isthmus("evaluate", tmp_path / "run", tmp_path / "speech", "--json")
     assert code == 0
     assert json.loads(out)["wer"] == expected["wer"]

@@ -105,6 +105,10 @@ def test_a_part_whose_type_alone_was_changed_is_to_be_replaced(file: Path) -> No
     assert "unknown key projector.downsample_rate" in str(fault.value)
     assert 'replace the whole part: projector="{type: ctc}"' in str(fault.value)
     with pytest.raises(IsthmusError) as fault:
+        load_recipe(file, ["projecter.type=ctc"])
+    assert "'projector'" in str(fault.value)
+    assert "replace the whole part" not in str(fault.value)
+    with pytest.raises(IsthmusError) as fault:
         load_recipe(file, ["projector.type=linear", "train.stpes=1"])
     assert "whole part" not in str(fault.value)
 

@@ -14,7 +14,8 @@ from isthmus.recipe import Recipe, load_recipe
 from isthmus.speech.corpora import load_cut, read_corpus
 from isthmus.speech.synthesis import Voice, speak, synthesise_corpus
 from isthmus.training.batches import transcript
-from isthmus.training.runs import load_run, train
+from isthmus.training.run_loading import load_run
+from isthmus.training.runs import train
 
 SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", Path(__file__).parents[2] / "shared/speech"))
 # Losses of four steps on four synthetic utterances. They move when a number moves: say why.

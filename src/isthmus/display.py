@@ -1,5 +1,6 @@
 """Progress for people: a bar on a terminal, plain lines in a log, curves in TensorBoard."""
 
+import gc
 import logging
 import math
 from collections import deque
@@ -203,9 +204,12 @@ def loading(what: str, console: Console | None = None) -> Iterator[None]:
     timer.daemon = True
     if console.is_terminal:
         timer.start()
+    gc.disable()  # what is loaded stays: to search it for garbage, now and again, takes seconds
     try:
         yield
     finally:
+        gc.freeze()
+        gc.enable()
         timer.cancel()
 
 

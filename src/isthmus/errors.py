@@ -1,6 +1,7 @@
 """What goes wrong through something a user can change, and the nearest name to a misspelt one."""
 
 import difflib
+import textwrap
 from collections.abc import Iterable
 from typing import ClassVar
 
@@ -18,6 +19,11 @@ class RetryLater(IsthmusError):
     """
 
     exit_code: ClassVar[int] = 75
+
+
+def one_line(error: BaseException) -> str:
+    """What a library says, in one line that is not too long."""
+    return textwrap.shorten(str(error), 300).rstrip(".") or type(error).__name__
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

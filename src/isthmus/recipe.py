@@ -5,6 +5,7 @@ in isthmus.recipe_settings.
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, overload
@@ -107,14 +108,14 @@ class Recipe(Experiment):
     def build_encoder(self) -> Encoder:
         """The encoder alone, its weights as training holds them."""
         encoder = self.encoder.build()
-        encoder.store(getattr(torch, self.held(self.encoder.tune)))
+        encoder.store(getattr(torch, self.weight_precision(self.encoder.tune)))
         return encoder
 
     def build_llm(self) -> LLM:
         """The language model alone, its weights as training holds them."""
         settings = self.llm
         if settings.dtype == "auto":
-            settings = settings.model_copy(update={"dtype": self.held(settings.tune)})
+            settings = settings.model_copy(update={"dtype": self.weight_precision(settings.tune)})
         llm = settings.build()
         if self.llm.tune == "frozen":
             freeze(llm)
@@ -122,7 +123,7 @@ class Recipe(Experiment):
             quantise(llm.network, self.llm.quantise)
         return llm
 
-    def held(self, tune: Tune) -> Precision:
+    def weight_precision(self, tune: Tune) -> Precision:
         """What the weights of a part are held in, whatever its files have.
 
         Small steps get lost in half precision, so a part that is trained whole has float32.
@@ -261,12 +262,25 @@ def load_recipe(
         raise IsthmusError("\n  ".join([str(error), *hints])) from error
 
 
+def load_any_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """A recipe of any kind, as its keys tell. Raises IsthmusError as `load_recipe` does."""
+    return load_recipe(path, overrides, kind=kind_of(read_recipe(path, overrides)[1]))
+
+
+def kind_of(values: Mapping[str, Any]) -> type[Recipe | CTCRecipe | LanguageRecipe]:
+    """The kind of recipe that has such keys: a model to go on from may stand for all others."""
+    if "encoder" in values or "llm" in values:
+        return Recipe
+    return CTCRecipe if "data" in values else LanguageRecipe
+
+
 def _retyped(overrides: Sequence[str], fault: str) -> Iterator[str]:
     """How to be rid of what a part still says of its old type, where the type alone was changed."""
     for override in overrides:
         key, _, value = override.partition("=")
         part, _, tag = key.rpartition(".")
-        if part and tag in TAGS and f"unknown key {part}." in fault:
+        below = re.search(rf"unknown key {re.escape(part)}\.\S", fault)
+        if part and tag in TAGS and below:
             yield f'To change its {tag}, replace the whole part: {part}="{{{tag}: {value}}}"'
 
 

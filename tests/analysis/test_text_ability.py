@@ -18,7 +18,8 @@ from isthmus.model.adapters import save_adapter
 from isthmus.model.llm import LLMSettings
 from isthmus.recipe import Recipe
 from isthmus.training.export import export_adapter
-from isthmus.training.runs import load_run, stored_recipe, train
+from isthmus.training.run_loading import load_run, stored_recipe
+from isthmus.training.runs import train
 
 Run = Callable[..., Path]
 TEXTS = ["go left", "stop", "one two three", "yes please", "turn it on"]

@@ -205,7 +205,7 @@ def own_text(folder: Path, waveform: np.ndarray, **options: Any) -> str:
     inputs = extractor(waveform, sampling_rate=16_000, return_tensors="pt")
     kind = AutoConfig.from_pretrained(folder).model_type
     auto = AutoModelForCTC if kind in CTC_TYPES else AutoModelForSpeechSeq2Seq
-    network = auto.from_pretrained(folder).eval()
+    network = auto.from_pretrained(folder, dtype=torch.float32).eval()
     with torch.inference_mode():
         if kind in CTC_TYPES and kind != "parakeet_ctc":
             ids = network(**inputs).logits.argmax(dim=-1)
@@ -254,6 +254,7 @@ def test_beams_are_searched_as_generate_does(
     recogniser_folder: Callable[[str], Path], audio: list[np.ndarray]
 ) -> None:
     folder = recogniser_folder("moonshine")
+    assert load_system(recogniser_folder("speech_to_text")).settings.model_dump()["beam_size"] == 2
     greedy = load_system(folder).transcribe(list(audio))
     wide = load_system(folder, beam_size=4).transcribe(list(audio))
     assert [one.text for one in wide] == [own_text(folder, one, num_beams=4) for one in audio]
@@ -304,7 +305,51 @@ def test_whisper_is_told_the_language_of_the_data(
     assert german == [own_text(folder, a, language="de", task="transcribe") for a in audio[:5]]
     assert german != expected
     english = load_system(recogniser_folder("whisper.en"))
-    assert english.transcribe(cuts)  # and needs none
+    assert english.transcribe(cuts[:1])  # and needs none
+    with pytest.raises(IsthmusError, match="de-CH"):
+        english.transcribe(cuts)
+
+
+def test_a_whisper_without_generation_config_knows_its_languages(
+    recogniser_folder: Callable[[str], Path],
+    audio: list[np.ndarray],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    source = recogniser_folder("whisper")
+    folder = without(source, tmp_path, "generation_config.json")
+    recogniser = load_system(folder, language="de")
+    assert isinstance(recogniser, Seq2SeqRecogniser)
+    assert not caplog.records
+    stored, found = GenerationConfig.from_pretrained(source), recogniser.network.generation_config
+    for name in ("lang_to_id", "task_to_id", "is_multilingual", "no_timestamps_token_id"):
+        assert getattr(found, name) == getattr(stored, name)
+    german, english = (
+        load_system(folder, language=one).transcribe(list(audio)) for one in ("de", "en")
+    )
+    assert [one.text for one in german] != [one.text for one in english]
+    with pytest.raises(IsthmusError, match=r"'eng'.*'en'"):
+        load_system(folder, language="eng")
+
+
+@pytest.mark.parametrize("name", ["whisper-tiny.en", "whisper-base"])
+def test_generation_configs_of_real_whispers_follow_from_their_tokens(
+    name: str, parts: Path
+) -> None:
+    """Tokenizers of Whispers of English have all the languages too."""
+    stored, found = GenerationConfig.from_pretrained(parts / name), GenerationConfig()
+    pretrained.complete_generation(found, AutoTokenizer.from_pretrained(parts / name))
+    for key in ("lang_to_id", "task_to_id", "no_timestamps_token_id"):
+        assert getattr(found, key, None) == getattr(stored, key, None)
+
+
+def test_a_whisper_without_preprocessor_config_hears_the_same(
+    recogniser_folder: Callable[[str], Path], audio: list[np.ndarray], tmp_path: Path
+) -> None:
+    source = recogniser_folder("whisper.en")
+    folder = without(source, tmp_path, "preprocessor_config.json")
+    expected, found = (load_system(one).transcribe(list(audio)) for one in (source, folder))
+    assert [one.text for one in found] == [one.text for one in expected]
 
 
 def test_long_recordings_are_heard_to_their_end(
@@ -380,7 +425,7 @@ def test_the_commands_take_them(
     report = json.loads(out)
     assert (code, err) == (0, "")
     assert report["words"] == 12
-    assert report["decode"]["language"] is None
+    assert (report["decode"]["language"], report["decode"]["beam_size"]) == (None, 1)
     rows = [json.loads(line) for line in next((tmp_path / "out").iterdir()).open()]
     texts = {row["id"]: row["pred_text"] for row in rows}
     assert texts["0"] == own_text(folder, audio[0], language="en", task="transcribe")
@@ -388,7 +433,7 @@ def test_the_commands_take_them(
     assert "language de" in out
     _, out, _ = isthmus("transcribe", tmp_path / "0.wav", "-m", folder, "--language", "en")
     assert out.strip() == texts["0"]
-    code, _, _ = isthmus("transcribe", data, "-m", folder, "--language", "en", "-o", tmp_path / "j")
+    code, _, _ = isthmus("transcribe", data, "-m", folder, "-o", tmp_path / "j")
     found = [json.loads(line) for line in (tmp_path / "j" / "transcripts.jsonl").open()]
     assert {row["id"]: row["text"] for row in found} == texts
     other = recogniser_folder("whisper.en")
@@ -420,8 +465,13 @@ def test_settings_without_effect_are_told(
     load_system(recogniser_folder("wav2vec2-group"), beam_size=4, language="en", batch_size=2)
     assert "beam_size, language" in caplog.text
     assert "batch_size" not in caplog.text
-    load_system(recogniser_folder("whisper.en"), language="en")
+    load_system(recogniser_folder("moonshine"), language="en")
     assert "one language only" in caplog.text
+    caplog.clear()
+    load_system(recogniser_folder("whisper.en"), language="english")
+    assert not caplog.text
+    with pytest.raises(IsthmusError, match="'de'"):
+        load_system(recogniser_folder("whisper.en"), language="de")
     load_system("default", language="de")
     assert "no effect on a run" in caplog.text
 
@@ -455,7 +505,7 @@ def without(source: Path, folder: Path, *patterns: str) -> Path:
     ("name", "gone", "says"),
     [
         ("whisper", "tokenizer*", "tokenizer"),
-        ("hubert-layer", "preprocessor_config.json", "feature extractor"),
+        ("hubert-layer", "preprocessor_config.json", "no preprocessor_config.json"),
         ("moonshine", "*.safetensors", "no weights"),
     ],
 )

@@ -12,6 +12,7 @@ from isthmus.model.conformer import (
     FRONT_END_FILE,
     ConformerArchitecture,
     ConformerCTC,
+    label_log_probs,
 )
 from isthmus.model.features import LogMelSettings
 from isthmus.model.spelling import letter_tokenizer
@@ -92,3 +93,18 @@ def test_damaged_front_end(conformer: ConformerCTC, tmp_path: Path) -> None:
     (tmp_path / FRONT_END_FILE).write_text('{"num_mels": "many"}')
     with pytest.raises(IsthmusError, match="damaged"):
         ConformerCTC.load(tmp_path)
+
+
+def test_a_head_of_the_oldest_transformers_gives_the_same() -> None:
+    """There it is a bare convolution, with time behind the width."""
+
+    class Turned(torch.nn.Conv1d):
+        def forward(self, frames: Tensor) -> Tensor:
+            return super().forward(frames.transpose(1, 2)).transpose(1, 2)
+
+    torch.manual_seed(0)
+    turned, bare, frames = Turned(4, 3, 1), torch.nn.Conv1d(4, 3, 1), torch.randn(2, 5, 4)
+    bare.load_state_dict(turned.state_dict())
+    found = label_log_probs(bare, frames)
+    assert found.shape == (2, 5, 3)
+    torch.testing.assert_close(found, label_log_probs(turned, frames))

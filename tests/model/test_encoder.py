@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
@@ -26,6 +27,7 @@ from isthmus.model.encoder import (
     SelfSupervisedEncoder,
     WhisperEncoder,
     WhisperSettings,
+    load_extractor,
     parameters,
 )
 from isthmus.speech.audio import SAMPLE_RATE
@@ -359,12 +361,20 @@ def test_the_folder_must_hold_the_type(
             settings.build()
 
 
-def test_folder_without_front_end(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(model_folder("whisper"), folder)
-    (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(IsthmusError, match="cannot be loaded"):
-        WhisperSettings(path=str(folder)).build()
+def test_folder_without_front_end(
+    model_folder: Callable[[str], Path], encoder_settings: Callable[[str], Any], tmp_path: Path
+) -> None:
+    """Whisper's follows from its config; of others the missing file is named."""
+    for name in ("whisper", "wavlm-group"):
+        shutil.copytree(model_folder(name), tmp_path / name)
+        (tmp_path / name / "preprocessor_config.json").unlink()
+    stored = AutoFeatureExtractor.from_pretrained(model_folder("whisper"))
+    found = load_extractor(tmp_path / "whisper", "whisper")
+    assert np.array_equal(found.mel_filters, stored.mel_filters)
+    assert WhisperSettings(path=str(tmp_path / "whisper")).build().dim
+    settings = encoder_settings("wavlm-group").model_copy(update={"path": str(tmp_path / name)})
+    with pytest.raises(IsthmusError, match=r"no preprocessor_config\.json"):
+        settings.build()
 
 
 @pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")

@@ -274,6 +274,13 @@ def test_a_part_is_planned_with_before_it_is_there(
     assert config["model_type"] == ("whisper" if "whisper" in name else "llama")
 
 
+def test_a_part_that_is_there_is_planned_with_as_it_is(world: World) -> None:
+    with on_meta():
+        assert resolve(f"isthmus/{NAME}") != world.folder
+        fetch([NAME])
+        assert resolve(f"isthmus/{NAME}") == world.folder
+
+
 def test_the_command(world: World, isthmus: Callable[..., tuple[int, str, str]]) -> None:
     code, out, _ = isthmus("fetch", NAME, "--json")
     assert (code, json.loads(out)) == (0, {NAME: str(world.folder)})

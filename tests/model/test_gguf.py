@@ -45,7 +45,7 @@ def test_it_is_its_dequantised_folder(tmp_path: Path, quantise: bool) -> None:
     assert all(torch.equal(v, state_of(expected)[name]) for name, v in state_of(found).items())
     assert found.tokenizer.get_vocab() == expected.tokenizer.get_vocab()
     assert found.tokenizer.tokenize("the cat") == ["th", "e", "\u0120", "c", "a", "t"]
-    assert found.end_tokens(3) == expected.end_tokens(3) == [3, 257]
+    assert found.end_tokens(3) == expected.end_tokens(3) == [3, 258]
 
 
 def test_either_way_to_name_it(file: Path) -> None:
@@ -57,7 +57,7 @@ def test_either_way_to_name_it(file: Path) -> None:
         (source,) = one.sources().values()
         assert source.sha256 == {"tiny.gguf": sha256(file)}
         assert source.name == str(file)
-        assert one.build().rows == 258
+        assert one.build().rows == 259
 
 
 @pytest.mark.parametrize(
@@ -86,12 +86,36 @@ def fault(settings: LLMSettings) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("architecture", ["bert", "t5encoder", "unheard-of"])
+@pytest.mark.parametrize("architecture", ["bert", "unheard-of"])
 def test_another_kind_of_model(architecture: str, tmp_path: Path) -> None:
     write_gguf(tmp_path / "other.gguf", architecture=architecture)
     said = fault(LLMSettings(path=str(tmp_path / "other.gguf")))
     assert "other.gguf cannot be loaded" in said
     assert "kind" in said
+
+
+@pytest.mark.parametrize("architecture", ["t5", "t5encoder"])
+def test_an_encoder_is_no_causal_model(
+    architecture: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "t5.gguf", architecture=architecture)
+    said = fault(LLMSettings(path=str(tmp_path / "t5.gguf")))
+    assert "t5" in said.lower()
+    assert "no causal language model" in said
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("lacking", "rows", "words"),
+    [("blk.0.ffn_up", 0, ["lacks 1 weights", "up_proj"]), ("", 300, ["(259, 32)", "(300, 32)"])],
+)
+def test_weights_that_do_not_fit(
+    lacking: str, rows: int, words: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_gguf(tmp_path / "odd.gguf", lacking=lacking, rows=rows)
+    said = fault(LLMSettings(path=str(tmp_path / "odd.gguf")))
+    assert all(word in said for word in words)
+    assert "REPORT" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("length", [0, 20, 3000, -2000, -40])

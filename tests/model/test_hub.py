@@ -178,7 +178,6 @@ def test_a_tokenizer_of_sentencepiece_alone(
     hub: StandInHub, model_folder: ModelFolder, tmp_path: Path
 ) -> None:
     """As Vicuna's: `tokenizer.model` and its settings, and pickles."""
-    pytest.importorskip("sentencepiece")
     folder = tmp_path / "llm"
     shutil.copytree(model_folder("llama"), folder)
     count = write_sentencepiece(folder)
@@ -202,7 +201,7 @@ def test_a_repository_of_gguf_files(hub: StandInHub, tmp_path: Path) -> None:
     write_gguf(folder / "tiny-f32.gguf", quantise=False)
     commit = hub.publish("someone/tiny-gguf", folder)
     settings = LLMSettings(path="someone/tiny-gguf", gguf="Q8/tiny.gguf")
-    assert settings.build().rows == 258
+    assert settings.build().rows == 259
     assert cached_files(tmp_path) == {"Q8/tiny.gguf"}
     (found,) = settings.sources().values()
     digest = hashlib.sha256((folder / "Q8" / "tiny.gguf").read_bytes()).hexdigest()

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, LLMArchitecture, LLMSettings, character_tokenizer, save_llm
+from isthmus.model.parts import model_type
 from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import ChatPrompt, PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
@@ -158,6 +160,40 @@ def test_what_a_model_says_it_is(
     else:
         with pytest.raises(IsthmusError, match=f"is a {(declared or [''])[0]}, no causal"):
             LLMSettings(path=path).build()
+
+
+@pytest.mark.parametrize(
+    ("config", "word"),
+    [
+        ("{", "JSON"),
+        ("[]", "model_type"),
+        ("{}", "model_type"),
+        ('{"model_type": ["llama"]}', "model_type"),
+        ('{"model_type": "llama", "architectures": "LlamaForCausalLM"}', "architectures"),
+    ],
+)
+def test_a_broken_configuration(
+    config: str, word: str, model_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(model_folder("llama"), tmp_path / "llm")
+    (tmp_path / "llm" / "config.json").write_text(config)
+    settings = LLMSettings(path=str(tmp_path / "llm"))
+    for read in (settings.build, lambda: model_type(tmp_path / "llm")):
+        with pytest.raises(IsthmusError, match=rf"config\.json.*{word}") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+
+
+def test_an_embedding_that_lacks_rows(
+    model_folder: Callable[[str], Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    rows = load_file(model_folder("llama") / "model.safetensors")["model.embed_tokens.weight"].shape
+    path = declare(model_folder("llama"), tmp_path / "llm", vocab_size=rows[0] + 2)
+    with pytest.raises(IsthmusError, match=r"embed_tokens|lm_head") as caught:
+        LLMSettings(path=path).build()
+    assert f"{tuple(rows)}, and not ({rows[0] + 2}, {rows[1]})" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert "REPORT" not in capfd.readouterr().err
 
 
 def with_tokens(folder: Path, target: Path, *tokens: AddedToken) -> LLMSettings:

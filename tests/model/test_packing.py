@@ -447,3 +447,47 @@ def test_loss_and_gradient_of_the_padded_path(network: PreTrainedModel) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     (own,) = torch.autograd.grad(found, rows)
     assert (own - gradient).norm() < 3e-6 * gradient.norm()
+
+
+def bytes_kept(network: PreTrainedModel, lengths: tuple[int, ...]) -> int:
+    """What a forward pass keeps for its gradient."""
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.nbytes
+        return tensor
+
+    embeddings = torch.randn(sum(lengths), 16, dtype=torch.bfloat16).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        packed_hidden(network, embeddings, lengths)
+    return sum(kept.values())
+
+
+def test_one_long_utterance_does_not_make_all_of_them_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    network = build("llama", GROUPED | {"max_position_embeddings": 512}).to(torch.bfloat16)
+    assert choose_attention(network).backend == "sdpa"
+    ragged, even = (400, *[10] * 15), (34, *[34] * 15)
+    assert abs(sum(ragged) - sum(even)) < 10
+    assert bytes_kept(network, ragged) < 2 * bytes_kept(network, even)
+    for limit in ("MOST_SCORES", "SCORE_BYTES"):
+        monkeypatch.setattr(packing, limit, float("inf"))
+    assert bytes_kept(network, ragged) > 2 * bytes_kept(network, even)
+
+
+def test_a_kernel_without_dropout_is_not_asked_for_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = build("llama", GROUPED | {"attention_dropout": 0.1}).to(torch.bfloat16)
+    assert choose_attention(network).backend == "sdpa"
+    asked: list[int] = []
+
+    def kernel(query: Tensor, *others: Any) -> Tensor:
+        asked.append(query.shape[2])
+        return query.transpose(1, 2)
+
+    monkeypatch.setattr(packing, "_varlen", kernel)
+    embeddings = torch.randn(sum(LENGTHS), 16, dtype=torch.bfloat16)
+    packed_hidden(network.train(), embeddings, LENGTHS, "varlen")
+    assert not asked
+    packed_hidden(network.eval(), embeddings, LENGTHS, "varlen")
+    assert asked

@@ -61,7 +61,9 @@ def test_the_hub_cannot_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ConnectionError("no route\nto anywhere")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(IsthmusError, match=r"someone/some-llm at revision 'v2'.*no route\)"):
+    with pytest.raises(
+        IsthmusError, match=r"someone/some-llm at revision 'v2'.*no route to anywhere\)"
+    ):
         resolve("someone/some-llm", "v2")
 
 

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import time
 from collections.abc import Callable
@@ -124,10 +125,16 @@ def test_safetensors_are_preferred(laid_out: Callable[..., Path], cache: Path) -
     assert PICKLED not in source(str(folder)).sha256
 
 
+@pytest.mark.parametrize("place", ["cache", "/proc/no-such-place"])
 @pytest.mark.parametrize("old", [False, True], ids=["zip", "before torch 1.6"])
 def test_a_checkpoint_with_more_around_the_weights(
-    old: bool, model_folder: ModelFolder, tmp_path: Path, cache: Path
+    old: bool,
+    place: str,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / place))
     folder = without_weights(model_folder("llama"), tmp_path / "nested")
     saved = {"state_dict": state_of(model_folder("llama")), "epoch": 3, "steps": [1, 2]}
     torch.save(saved, folder / PICKLED, _use_new_zipfile_serialization=not old)
@@ -162,7 +169,31 @@ def test_a_pickle_that_is_damaged(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [{}, [1, 2], {"epoch": 3}])
+@pytest.mark.parametrize(
+    ("odd", "words"),
+    [
+        ({7: torch.ones(2)}, "7.*float32"),
+        ({"a": torch.ones(2, 2).to_sparse()}, "'a'.*sparse"),
+        ({"a": torch.ones(2, dtype=torch.complex128)}, "'a'.*complex128"),
+        ({"a": torch.ones(2, device="meta")}, "'a'.*meta"),
+    ],
+)
+def test_a_pickle_of_what_safetensors_cannot_hold(
+    odd: dict[Any, torch.Tensor],
+    words: str,
+    model_folder: ModelFolder,
+    tmp_path: Path,
+    cache: Path,
+) -> None:
+    folder = without_weights(model_folder("llama"), tmp_path / "odd")
+    torch.save({**state_of(model_folder("llama")), **odd}, folder / PICKLED)
+    with pytest.raises(IsthmusError, match=rf"{PICKLED} holds {words}") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+    assert copies(cache) == []
+
+
+@pytest.mark.parametrize("content", [{}, [1, 2], {"epoch": 3}, {"state_dict": 3}])
 def test_a_pickle_without_weights(
     content: object, model_folder: ModelFolder, tmp_path: Path, cache: Path
 ) -> None:
@@ -191,6 +222,15 @@ def test_an_index_that_is_none(index: str, model_folder: ModelFolder, tmp_path: 
         resolve(str(folder))
 
 
+@pytest.mark.parametrize("single", [SAFE, PICKLED])
+def test_an_index_of_files_of_the_other_kind(single: str, laid_out: Callable[..., Path]) -> None:
+    other = PICKLED if single == SAFE else SAFE
+    folder = laid_out(f"sharded-{Path(other).suffix[1:]}")
+    (folder / (other + INDEX)).rename(folder / (single + INDEX))
+    with pytest.raises(IsthmusError, match=rf"{single}{INDEX} .*\*\{Path(single).suffix}"):
+        load(folder)
+
+
 def test_a_cache_that_cannot_be_written(
     laid_out: Callable[..., Path],
     model_folder: ModelFolder,
@@ -204,7 +244,7 @@ def test_a_cache_that_cannot_be_written(
     folder = laid_out("sharded-bin")
     monkeypatch.setenv("ISTHMUS_CACHE", str(tmp_path / "file"))
     assert_same(load(folder), load(model_folder("llama")))
-    assert "read each time" in caplog.text
+    assert "each time" in caplog.text
     assert str(tmp_path / "file") in caplog.text
     assert source(str(folder)).converted == {}
 
@@ -256,6 +296,26 @@ def test_nothing_half_converted_is_ever_used(
         shutil.rmtree(cache, ignore_errors=True)
     assert failed > 0
     assert len(copies(cache)) == 1
+
+
+def _load_with_a_full_disk(folder: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5_000, 5_000))
+    torch.set_num_threads(1)
+    with pytest.raises(RetryLater, match="neither the cache nor") as caught:
+        load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_disk_that_is_full_in_the_middle_of_it(
+    laid_out: Callable[..., Path], cache: Path
+) -> None:
+    process = multiprocessing.get_context("fork").Process(
+        target=_load_with_a_full_disk, args=(laid_out("bin"),)
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert list((cache / "weights").iterdir()) == [cache / "weights" / files.LOCK]
 
 
 def _load_late(folder: Path, cache: Path, converted: Any) -> None:
@@ -325,13 +385,13 @@ def test_a_large_file_is_hashed_once(
 ) -> None:
     monkeypatch.setattr(weights, "LARGE", 4)
     file, hashed = tmp_path / "large", list[Path]()
-    digest = weights._content_digest
+    digest = weights.file_sha256
 
     def counting(path: Path) -> str:
         hashed.append(path)
         return digest(path)
 
-    monkeypatch.setattr(weights, "_content_digest", counting)
+    monkeypatch.setattr(weights, "file_sha256", counting)
     file.write_bytes(b"content")
     assert len({sha256(file), sha256(file)}) == 1
     assert len(hashed) == 2  # it may change yet within a tick of the clock
@@ -355,6 +415,35 @@ def test_a_copy_that_lost_its_manifest_is_not_recorded(
     load(folder)
     (copies(cache)[0] / files.MANIFEST).unlink()
     assert source(str(folder)).converted == {}
+
+
+def _flip(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-8])
+
+
+@pytest.mark.parametrize("damage", [_flip, _truncate, Path.unlink])
+def test_a_damaged_copy_is_made_again(
+    damage: Callable[[Path], None],
+    laid_out: Callable[..., Path],
+    model_folder: ModelFolder,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    folder = laid_out("sharded-bin")
+    load(folder)
+    sums = source(str(folder)).converted
+    (copy,) = copies(cache)
+    damage(min(copy.glob("*.safetensors")))
+    assert source(str(folder)).converted == {}
+    assert_same(load(folder), load(model_folder("llama")))
+    assert f"{copy} is damaged" in caplog.text
+    assert source(str(folder)).converted == sums != {}
+    assert copies(cache) == [copy]
 
 
 def test_the_configuration_beside_a_pickle_counts(

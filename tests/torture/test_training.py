@@ -164,7 +164,7 @@ def test_killed_while_the_feature_cache_fills_the_bits_are_the_same(
         return fresh
 
     strike_at_random(start, work, whole, tmp_path, killed, count(1, 25))
-    kept = list(tmp_path.glob("run-0-cache/*/*.jsonl"))
+    kept = list(tmp_path.glob("run-0-cache/features/*/*.jsonl"))
     assert sum(len(file.read_text().splitlines()) for file in kept) >= 8
 
 

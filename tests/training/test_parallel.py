@@ -8,6 +8,7 @@ import math
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -452,3 +453,26 @@ def test_torchrun(
     spoken = [isthmus("transcribe", tmp_path / "speech/u0.flac", "-m", r) for r in (folder, whole)]
     assert spoken[0] == spoken[1]
     assert spoken[0][0] == 0
+
+
+PRODUCTS = """
+import torch
+from isthmus.training.parallel import Ranks
+Ranks()
+weight = torch.zeros(48, 32, dtype=torch.bfloat16)
+for length in (7, *range(20, 120), 7):
+    torch.nn.functional.linear(torch.zeros(length, 32, dtype=torch.bfloat16), weight)
+"""
+
+
+@pytest.mark.parametrize("kept", [None, "1000"])
+def test_a_long_training_keeps_the_kernels_of_few_lengths(kept: str | None) -> None:
+    """The first of a hundred lengths is made anew, unless the user wants more of them kept."""
+    limits = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": kept, "LRU_CACHE_CAPACITY": kept} if kept else {}
+    command = [sys.executable, "-c", PRODUCTS]
+    environment = os.environ | {"ONEDNN_VERBOSE": "all"} | limits
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    made = [line for line in ran.stdout.splitlines() if ",create:cache_miss,cpu,matmul" in line]
+    if not made:
+        pytest.skip("this processor multiplies bfloat16 without oneDNN")
+    assert sum(",7x32:32x48," in line for line in made) == (1 if kept else 2)

@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pydantic import TypeAdapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.analysis.placeholders import Pretrained, Producers, build_sized, with_placeholders
 from isthmus.model.encoder import Encoder, EncoderSettings, parameters
 from isthmus.model.layers import decoder_layers
 from isthmus.model.llm import LLMSettings
@@ -20,22 +23,32 @@ from isthmus.model.parts import on_meta
 from isthmus.model.presets import PRESETS
 from isthmus.model.quantise import RowScaledLinear, quantise
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import Recipe
+from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe
+from isthmus.recipe_settings import SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 NF4_BITS = 4.5  # of a weight, with its share of a scale for every 64
 
 
 @contextmanager
-def sized_model(recipe: Recipe) -> Iterator[SpeechLLM]:
+def sized_model(recipe: Recipe, producers: Producers) -> Iterator[SpeechLLM]:
     """The model that `recipe` builds, on the meta device and not yet quantised.
 
     Scales of quantised weights would count as parameters. Raises IsthmusError for models that are
     not known offline.
     """
     plain = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"quantise": "none"})})
-    with on_meta():
-        yield plain.build()
+    with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
+        yield with_placeholders(plain, Path(folder), producers).build()
+
+
+@contextmanager
+def sized_pretraining(
+    recipe: CTCRecipe | LanguageRecipe, producers: Producers
+) -> Iterator[Pretrained]:
+    """The same of a model that is trained alone."""
+    with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
+        yield build_sized(with_placeholders(recipe, Path(folder), producers), Path(folder) / "new")
 
 
 def preset_parameters(name: str) -> int:
@@ -128,13 +141,13 @@ def frame_bytes(recipe: Recipe, encoder: Encoder, seconds: float) -> int:
     return encoder.output_length(int(seconds * SAMPLE_RATE)) * encoder.dim * number
 
 
-def mean_batch(recipe: Recipe, seconds: float, positions: int) -> float:
+def mean_batch(train: TrainSettings, seconds: float, positions: int) -> float:
     """Utterances of a batch, on the mean."""
-    train = recipe.train
     if train.batch_size is not None:
         return float(train.batch_size)
     if train.max_duration is not None:
         return max(1.0, train.max_duration / seconds)
+    assert isinstance(train, SpeechTrainSettings)
     assert train.max_tokens is not None
     return max(1.0, train.max_tokens / positions)
 

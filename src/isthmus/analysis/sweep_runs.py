@@ -47,10 +47,9 @@ from isthmus.scoring import normaliser
 from isthmus.speech.synthesis import draw_texts, synthesise_corpus
 from isthmus.training.batches import transcript
 from isthmus.training.checkpoint import Progress
-from isthmus.training.folder import ENVIRONMENT, MODEL
+from isthmus.training.folder import ENVIRONMENT, MODEL, PARTS
 from isthmus.training.loop import METRICS, OnStep
 from isthmus.training.runs import (
-    PARTS,
     Opening,
     pretrain_ctc,
     pretrain_lm,

@@ -21,7 +21,7 @@ from isthmus.model.llm import LLM, LoraSettings
 from isthmus.model.parts import Tune, choose_device
 from isthmus.recipe import Recipe
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
-from isthmus.training.runs import load_run
+from isthmus.training.run_loading import load_run
 
 RESAMPLES = 1000
 

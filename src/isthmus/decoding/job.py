@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 import torch
 from lhotse.cut import Cut, MonoCut
+from lhotse.utils import fastcopy
 
 from isthmus.decoding.formats import transcript_dict
 from isthmus.decoding.recogniser import Result
@@ -41,9 +42,9 @@ from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
 from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
-from isthmus.training.folder import DEFAULT, RECIPE
-from isthmus.training.loop import BEST, CHECKPOINTS
-from isthmus.training.runs import PARTS as FROZEN
+from isthmus.training.folder import BEST, CHECKPOINTS, DEFAULT, RECIPE, holds_run
+from isthmus.training.folder import PARTS as FROZEN
+from isthmus.training.languages import language
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
@@ -99,7 +100,7 @@ def system(
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})
-    if (folder / RECIPE).is_file():
+    if holds_run(folder):
         model = {
             "recipe": sha256(folder / RECIPE),
             "frozen": sha256(folder / FROZEN),
@@ -396,7 +397,7 @@ def _utterances(corpora: Sequence[str]) -> tuple[list[Cut], list[Row]]:
                 row = {"id": cut.id, "audio_filepath": _audio(cut)}
                 duplicates.append(row | {"status": "rejected:duplicate_id", "error": reason})
             else:
-                found[cut.id] = cut.drop_supervisions()
+                found[cut.id] = cut.map_supervisions(partial(fastcopy, text=None))
     return list(found.values()), duplicates
 
 
@@ -414,7 +415,7 @@ def _facts(cut: Cut) -> list[Any]:
     """What tells a cut from others as far as transcripts go."""
     fault = _custom(cut).get(FAULT, ("",))[0]
     place = [cut.start, cut.channel] if isinstance(cut, MonoCut) else []
-    return [cut.id, _audio(cut), cut.duration, fault, *place]
+    return [cut.id, _audio(cut), cut.duration, language(cut), fault, *place]
 
 
 def _digest(values: Iterable[Any]) -> str:

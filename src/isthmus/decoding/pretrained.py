@@ -1,8 +1,7 @@
 """Pretrained recognisers, which are systems like any other: Whisper and its kin, and CTC models."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForSpeechSeq2Seq
 from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
-from transformers.utils import logging as transformers_logging
+from transformers.models.whisper.tokenization_whisper import TASK_IDS, TO_LANGUAGE_CODE
 
 from isthmus.decoding.recogniser import Recogniser, Speech
 from isthmus.decoding.timestamps import CTC_TYPES, CTCModel, load_ctc, load_processor
@@ -25,11 +23,13 @@ from isthmus.model.parts import (
     load_network,
     loading,
     model_type,
+    quiet,
 )
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import collate
 
+START_OF_ENGLISH = 50257  # <|startoftranscript|> in Whispers of English, in others 50258
 SHORTEST = SAMPLE_RATE // 10  # samples; a shorter utterance is followed by silence up to there
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class Seq2SeqRecogniser(Recogniser):
 
     def __init__(
         self,
-        network: nn.Module,
+        network: Any,
         extractor: Any,
         tokenizer: Any,
         settings: Seq2SeqSettings,
@@ -105,11 +105,14 @@ class Seq2SeqRecogniser(Recogniser):
         self.network: Any = network.eval()
         self.extractor = extractor
         self.tokenizer = tokenizer
-        self.settings = settings
+        beams = settings.beam_size or self.network.generation_config.num_beams or 1
+        self.settings = settings.model_copy(update={"beam_size": beams})
         self.aligner = aligner
-        # Whisper's alone; models of English have none
+        # that Whisper is told of; a Whisper of English has none, nor have other models
         self.languages: Mapping[str, int] = getattr(network.generation_config, "lang_to_id", {})
-        if settings.language and not self.languages:
+        english = network.config.model_type == "whisper" and not self.languages
+        self.known = {"en"} if english else {token.strip("<|>") for token in self.languages}
+        if settings.language and not self.known:
             log.warning("language has no effect: this model knows one language only.")
         self.check_language("")
 
@@ -121,8 +124,8 @@ class Seq2SeqRecogniser(Recogniser):
 
     def check_language(self, language: str) -> None:
         language = self.settings.language or language
-        if self.languages and language and self._code(language) is None:
-            codes = sorted(token.strip("<|>") for token in self.languages)
+        if self.known and language and self._code(language) is None:
+            codes = sorted(self.known)
             raise IsthmusError(
                 f"This model does not know the language {language!r}.{suggest(language, codes)} "
                 f"Name one that it knows with --language: {', '.join(codes)}."
@@ -132,7 +135,7 @@ class Seq2SeqRecogniser(Recogniser):
         """Whisper's code of a language that is called by its code, with a country, or its name."""
         name = language.lower().replace("_", "-").partition("-")[0]
         code = TO_LANGUAGE_CODE.get(name, name)
-        return code if f"<|{code}|>" in self.languages else None
+        return code if code in self.known else None
 
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
@@ -163,13 +166,11 @@ class Seq2SeqRecogniser(Recogniser):
 
     def _generate(self, batch: Mapping[str, Tensor], language: str | None) -> list[list[int]]:
         """The tokens of each utterance, those before and behind its text among them."""
-        options: dict[str, Any] = {}
-        if self.settings.beam_size is not None:
-            options["num_beams"] = self.settings.beam_size
+        options: dict[str, Any] = {"num_beams": self.settings.beam_size}
         if self.languages:
             options |= {"language": language, "task": "transcribe"}
         try:
-            with _quiet():
+            with quiet():
                 out = self.network.generate(**batch, **options, return_dict_in_generate=True)
         except (TypeError, ValueError) as error:
             raise IsthmusError(
@@ -187,17 +188,6 @@ class Seq2SeqRecogniser(Recogniser):
         return Segment(0.0, speech.seconds, text, finish_reason="stop" if ended else "length")
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what transformers says to the one who calls `generate`, nobody here."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
 def pretrained_settings(folder: Path) -> PretrainedDecodeSettings:
     """The default settings of the recogniser in a folder; raises IsthmusError if there is none."""
     kind = model_type(folder)
@@ -209,6 +199,24 @@ def pretrained_settings(folder: Path) -> PretrainedDecodeSettings:
         f"{folder} holds a {kind!r} model, which recognises no speech by itself. Name a run, a "
         f"model such as Whisper or Moonshine, or one with CTC: {', '.join(CTC_TYPES)}."
     )
+
+
+def complete_generation(generation: Any, tokenizer: Any) -> None:
+    """What the generation config of a Whisper lacks, as its tokenizer has it.
+
+    That of a Whisper of English has the languages too, behind a vocabulary that is a token smaller.
+    """
+    tokens: dict[str, int] = tokenizer.get_vocab()
+    languages = {f"<|{code}|>" for code in TO_LANGUAGE_CODE.values()} & tokens.keys()
+    tasks = {name: tokens[f"<|{name}|>"] for name in TASK_IDS if f"<|{name}|>" in tokens}
+    multilingual = languages and tokens.get("<|startoftranscript|>") != START_OF_ENGLISH
+    found: dict[str, Any] = {"no_timestamps_token_id": tokens.get("<|notimestamps|>")}
+    if getattr(generation, "is_multilingual", multilingual):
+        found["lang_to_id"] = {name: tokens[name] for name in languages}
+        found |= {"task_to_id": tasks, "is_multilingual": True}
+    for name, value in found.items():
+        if value and not hasattr(generation, name):
+            setattr(generation, name, value)
 
 
 def load_pretrained(
@@ -228,4 +236,6 @@ def load_pretrained(
         )
     network = load_network(AutoModelForSpeechSeq2Seq, folder, name, "float32")
     extractor, tokenizer = load_processor(folder, name, network)
+    if config.model_type == "whisper":
+        complete_generation(network.generation_config, tokenizer)
     return Seq2SeqRecogniser(network.to(device), extractor, tokenizer, settings, aligner)

@@ -158,7 +158,7 @@ class Recogniser(ABC):
         if wanted and self.aligner is None:
             raise IsthmusError(
                 f"Word timestamps need a CTC model, and {self.without_ctc}. Name one with "
-                "--align-model."
+                "--align-model, such as isthmus/tiny-conformer."
             )
 
     def fits(self, speech: Speech) -> bool:

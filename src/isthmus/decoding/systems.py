@@ -10,8 +10,8 @@ from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load
 from isthmus.model.hub import download
 from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import RecogniserSettings
-from isthmus.training.folder import CONFIG, RECIPE, local_system
+from isthmus.recipe_settings import DecodeSettings, RecogniserSettings
+from isthmus.training.folder import CONFIG, RECIPE, holds_run, local_system
 
 log = logging.getLogger(__name__)
 
@@ -24,9 +24,9 @@ def system_folder(name: str | Path) -> Path:
     local = local_system(name)
     if local is None and not str(name).startswith("isthmus/"):
         known = download(str(name), None, [RECIPE, CONFIG])  # one small file says what it is
-        if (known / RECIPE).is_file():
+        if holds_run(known):
             return download(str(name), None, RUN_FILES)
-    elif local is not None and (local / RECIPE).is_file():
+    elif local is not None and holds_run(local):
         return local
     return resolve(str(local or name))
 
@@ -37,7 +37,7 @@ def system_settings(folder: Path, changes: Mapping[str, Any]) -> RecogniserSetti
     Warns of those that have no effect on it. No model is loaded. Raises IsthmusError.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    if (folder / RECIPE).is_file():
+    if holds_run(folder):
         if given.pop("language", None):
             log.warning("language has no effect on a run: its instruction says what it is to do.")
         return decode_settings(folder, given)
@@ -65,7 +65,7 @@ def load_system(
     """
     folder = system_folder(name)
     own = system_settings(folder, settings)
-    if (folder / RECIPE).is_file():
+    if isinstance(own, DecodeSettings):
         return load(folder, cached=cached, align_model=align_model, **own.model_dump())
     from isthmus.decoding.pretrained import load_pretrained
 

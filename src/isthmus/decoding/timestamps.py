@@ -17,12 +17,12 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoModelForCTC, AutoTokenizer
+from transformers import AutoModelForCTC, AutoTokenizer
 
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths
-from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths, label_log_probs
+from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder, load_extractor
 from isthmus.model.parts import load_network, loading, model_type, resolve
 from isthmus.speech.audio import SAMPLE_RATE
 
@@ -70,8 +70,7 @@ class PretrainedCTC(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the units, the blank among them."""
-        logits: Tensor = self.head(frames)
-        return logits.float().log_softmax(dim=-1)
+        return label_log_probs(self.head, frames)
 
     def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
         """Best path: repeats joined, blanks dropped."""
@@ -117,8 +116,8 @@ def load_ctc(path: str, revision: str | None = None) -> CTCModel:
 
 def load_processor(folder: Path, path: str, network: Any) -> tuple[Any, Any]:
     """The feature extractor and the tokenizer of a recogniser; raises IsthmusError."""
+    extractor = load_extractor(folder, path)
     with loading(path):
-        extractor = AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     known, written = len(tokenizer), int(network.config.get_text_config(decoder=True).vocab_size)
     if 2 * known < written:  # transformers makes an empty one where there are no files

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -23,17 +23,18 @@ from isthmus.decoding.timestamps import CTCModel, load_ctc
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
+from isthmus.model.features import padded
 from isthmus.model.hub import download
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import change_settings
 from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.activity import has_speech
-from isthmus.training.batches import collate
-from isthmus.training.data import feature_cache
-from isthmus.training.features import FeatureCache
 from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.runs import load_run, stored_recipe
+from isthmus.training.run_loading import load_run, stored_recipe
+
+if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
+    from isthmus.training.features import FeatureCache
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
@@ -54,7 +55,7 @@ class Transcriber(Recogniser):
         self,
         model: SpeechLLM,
         settings: DecodeSettings,
-        cache: FeatureCache | None = None,
+        cache: "FeatureCache | None" = None,
         aligner: CTCModel | None = None,
         ngram: NGram | None = None,
     ):
@@ -200,8 +201,8 @@ class Transcriber(Recogniser):
             ]
         if self.settings.strict:
             return [model.encode_alone(waveform) for waveform in waveforms]
-        batch = collate([""] * len(speech), [one.waveform for one in speech], [])
-        return model.encode(batch.waveforms.to(device), batch.num_samples.to(device))
+        rows, num_samples = padded([one.waveform for one in speech])
+        return model.encode(rows.to(device), num_samples.to(device))
 
     def _budget(self, seconds: float) -> int:
         """Tokens that a transcript may have, its end token among them."""
@@ -275,10 +276,15 @@ def load(
     decode = decode_settings(folder, settings)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     model, recipe = load_run(folder)
+    cache = None
+    if cached:
+        from isthmus.training.data import feature_cache
+
+        cache = feature_cache(recipe, model)
     return Transcriber(
         model,
         decode,
-        feature_cache(recipe, model) if cached else None,
+        cache,
         load_ctc(align_model) if align_model else None,
         ngram,
     )

@@ -20,14 +20,14 @@ def save_adapter(llm: LLM, folder: Path, base: str, revision: str | None = None)
     (config,) = network.peft_config.values()
     config.base_model_name_or_path = None  # or else peft asks the hub for it
     weights = get_peft_model_state_dict(network, save_embedding_layers=False)
+    config.task_type, config.inference_mode = "CAUSAL_LM", True
+    config.base_model_name_or_path, config.revision = base, revision
+    config.save_pretrained(folder)  # makes it
     save_file(
         {f"base_model.model.{name}": value.contiguous() for name, value in weights.items()},
         folder / "adapter_model.safetensors",
         metadata={"format": "pt"},
     )
-    config.task_type, config.inference_mode = "CAUSAL_LM", True
-    config.base_model_name_or_path, config.revision = base, revision
-    config.save_pretrained(folder)
 
 
 @torch.no_grad()

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from isthmus.errors import IsthmusError
-from isthmus.model.weights import one_line
+from isthmus.errors import IsthmusError, one_line
 
 # What transformers calls it, since 5.24 and before, where it takes it and where it gives it back.
 CACHE = "cache" if hasattr(CausalLMOutputWithPast, "cache") else "past_key_values"

@@ -87,8 +87,7 @@ class ConformerCTC(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the units, the blank among them."""
-        logits: Tensor = self.network.ctc_head(frames)
-        return logits.float().log_softmax(dim=-1)
+        return label_log_probs(self.network.ctc_head, frames)
 
     @property
     def blank(self) -> int:
@@ -131,22 +130,19 @@ class ConformerCTC(nn.Module):
         front_end: LogMelSettings,
     ) -> "ConformerCTC":
         """A model with random weights."""
-        encoder = AutoConfig.for_model(
-            "parakeet_encoder",
-            num_mel_bins=front_end.num_mels,
-            # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
-            initializer_range=architecture.hidden_size**-0.5,
-            **architecture.model_dump(),
-        )
-        config = AutoConfig.for_model(
-            "parakeet_ctc",
-            encoder_config=encoder,
-            vocab_size=len(tokenizer),
-            pad_token_id=tokenizer.pad_token_id,
-            ctc_loss_reduction="sum",
-        )
+        config = initial_config(architecture, tokenizer, front_end)
         network = AutoModelForCTC.from_config(config, trust_remote_code=False)
         return cls(network, tokenizer, front_end)
+
+
+def label_log_probs(head: nn.Module, frames: Tensor) -> Tensor:
+    """Log-probabilities (B, T, V) of labels by a CTC head on frames (B, T, D), in float32.
+
+    Parakeet's head is a bare convolution, over time, in the oldest transformers that we take.
+    """
+    bare = type(head) is nn.Conv1d
+    logits: Tensor = head(frames.transpose(1, 2)).transpose(1, 2) if bare else head(frames)
+    return logits.float().log_softmax(dim=-1)
 
 
 def best_paths(log_probs: Tensor, num_frames: Tensor, blank: int) -> list[list[int]]:
@@ -156,6 +152,28 @@ def best_paths(log_probs: Tensor, num_frames: Tensor, blank: int) -> list[list[i
         [unit for unit, _ in itertools.groupby(path[:length]) if unit != blank]
         for path, length in best
     ]
+
+
+def initial_config(
+    architecture: ConformerArchitecture,
+    tokenizer: PreTrainedTokenizerFast,
+    front_end: LogMelSettings,
+) -> Any:
+    """The configuration of a new model (transformers' ParakeetCTCConfig)."""
+    encoder = AutoConfig.for_model(
+        "parakeet_encoder",
+        num_mel_bins=front_end.num_mels,
+        # transformers' 0.02 is for widths about 1024; in a narrow model it starves the signal
+        initializer_range=architecture.hidden_size**-0.5,
+        **architecture.model_dump(),
+    )
+    return AutoConfig.for_model(
+        "parakeet_ctc",
+        encoder_config=encoder,
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        ctc_loss_reduction="sum",
+    )
 
 
 def subsampled_length(encoder_config: Any, num_features: int) -> int:

@@ -17,11 +17,23 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from transformers import AutoFeatureExtractor, AutoModel, AutoModelForCTC
+from transformers import (
+    AutoConfig,
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoModelForCTC,
+    WhisperFeatureExtractor,
+)
 from transformers.masking_utils import create_bidirectional_mask
+from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
+from isthmus.model.conformer import (
+    FRONT_END_FILE,
+    ConformerCTC,
+    label_log_probs,
+    subsampled_length,
+)
 from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, without_autocast
 from isthmus.model.parts import (
     PartSettings,
@@ -256,8 +268,7 @@ class ParakeetHead(nn.Module):
 
     def log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (B, T, V) of the labels of frames (B, T, D), the blank among them."""
-        logits: Tensor = self.convolution(frames)
-        return logits.float().log_softmax(dim=-1)
+        return label_log_probs(self.convolution, frames)
 
 
 CTCHead = ConformerCTC | ParakeetHead
@@ -395,7 +406,7 @@ class WhisperSettings(PretrainedSettings):
             )
         folder = _checked_folder(self, {self.type})
         network = load_network(AutoModel, folder, self.path)
-        extractor = _extractor(self, folder)
+        extractor = load_extractor(folder, self.path)
         return WhisperEncoder(network.encoder, extractor, self.pad_to_30s, self.keep_padding)
 
 
@@ -408,7 +419,7 @@ class SelfSupervisedSettings(PretrainedSettings):
     def build(self) -> SelfSupervisedEncoder:
         folder = _checked_folder(self, {self.type})
         network = load_network(AutoModel, folder, self.path)
-        return SelfSupervisedEncoder(network, bool(_extractor(self, folder).do_normalize))
+        return SelfSupervisedEncoder(network, bool(load_extractor(folder, self.path).do_normalize))
 
 
 class ConformerSettings(PretrainedSettings):
@@ -424,9 +435,9 @@ class ConformerSettings(PretrainedSettings):
         if model_type(folder) == "parakeet_ctc":
             whole = load_network(AutoModelForCTC, folder, self.path)
             head = ParakeetHead(whole.ctc_head, int(whole.config.pad_token_id))
-            return ParakeetEncoder(whole.encoder, _extractor(self, folder), head)
+            return ParakeetEncoder(whole.encoder, load_extractor(folder, self.path), head)
         network = load_network(AutoModel, folder, self.path)
-        return ParakeetEncoder(network, _extractor(self, folder))
+        return ParakeetEncoder(network, load_extractor(folder, self.path))
 
 
 class FBankSettings(PartSettings):
@@ -494,7 +505,19 @@ def _checked_folder(settings: PretrainedSettings, types: set[str]) -> Path:
     return folder
 
 
-def _extractor(settings: PretrainedSettings, folder: Path) -> Any:
-    """The model's own front end as transformers has it; a recipe never repeats its numbers."""
-    with loading(settings.path):
-        return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+def load_extractor(folder: Path, path: str) -> Any:
+    """The front end of the model in a folder, as transformers has it; `path` is its name.
+
+    Whisper's is known without a file: only the number of its mel bands is a choice. Raises
+    IsthmusError.
+    """
+    with loading(path):
+        if any((folder / name).is_file() for name in (FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME)):
+            return AutoFeatureExtractor.from_pretrained(folder, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.model_type == "whisper":
+        return WhisperFeatureExtractor(feature_size=config.num_mel_bins)
+    raise IsthmusError(
+        f"{path} cannot be loaded: {folder} has no {FEATURE_EXTRACTOR_NAME}, which says how audio "
+        "becomes the model's input. Put the file of the model's publisher there."
+    )

@@ -4,9 +4,11 @@ Shapes: B batch, S samples, F mel bins, T feature frames.
 """
 
 import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
@@ -34,6 +36,15 @@ class LogMelSettings(BaseModel):
     """With `peak`: what lies this far below the loudest frame is silence."""
     margin_seconds: float = Field(0.0, ge=0)
     """Silence put before and after each utterance: room for CTC to spell very short words."""
+
+
+def padded(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Waveforms (S,), padded at the end to one tensor (B, S) float32, and their lengths (B,)."""
+    lengths = [len(waveform) for waveform in waveforms]
+    rows = torch.zeros(len(waveforms), max(lengths, default=0))
+    for row, waveform in zip(rows, waveforms, strict=True):
+        row[: len(waveform)] = torch.from_numpy(waveform)
+    return rows, torch.tensor(lengths, dtype=torch.long)
 
 
 class LogMel(nn.Module):

@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from isthmus.errors import IsthmusError, RetryLater, suggest
+from isthmus.errors import IsthmusError, RetryLater, one_line, suggest
 from isthmus.files import (
     FolderLock,
     discard,
@@ -174,6 +174,11 @@ def part_folder(name: str) -> Path:
     return fetch([name])[name]
 
 
+def is_fetched(path: str) -> bool:
+    """Whether this is the name of a part, and its folder is there."""
+    return path in FETCHED and (_parts_folder() / FETCHED[path]).is_dir()
+
+
 def _parts_folder() -> Path:
     return Path(os.environ.get(VARIABLE) or "~/.cache/isthmus-parts").expanduser().absolute()
 
@@ -246,10 +251,12 @@ def _write(part: Part, folder: Path, files: Mapping[str, Path], sums: Mapping[st
             shutil.copytree(GIVEN / given, out, dirs_exist_ok=True)
         try:
             convert(files, out)
-        except OSError:
+        except (OSError, ImportError):
             raise
         except Exception as error:  # readers meet damage with many unrelated kinds
-            raise IsthmusError(f"damage was found, {_reason(error)}.") from error
+            raise IsthmusError(
+                f"damage was found, {type(error).__name__}: {one_line(error)}."
+            ) from error
 
     try:
         write_folder(folder, fill, sums)
@@ -272,7 +279,8 @@ def _from_hub(part: Part) -> dict[str, Path]:
                 HfApi().model_info(**where, timeout=HUB_SECONDS)
                 path = hf_hub_download(filename=name, **where)
         except Exception as error:  # the hub client raises many unrelated kinds
-            raise IsthmusError(f"{part.repository}, {name}: {_reason(error)}.") from error
+            fault = f"{type(error).__name__}: {one_line(error)}"
+            raise IsthmusError(f"{part.repository}, {name}: {fault}.") from error
         files[name] = Path(path)
     return files
 
@@ -351,7 +359,3 @@ def _empty(folder: Path) -> Path:
     discard(folder)
     folder.mkdir()
     return folder
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0].rstrip('.')}"

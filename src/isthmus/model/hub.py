@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, one_line
 from isthmus.model.weights import PICKLED, SAFE, indexed
 
 DESCRIBING = ["*.json", "*.model", "*.txt", "*.jinja"]  # all of a model but its weights
@@ -34,10 +34,9 @@ def download(path: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except Exception as error:  # the hub client raises many unrelated kinds
         at = f" at revision {revision!r}" if revision else ""
-        reason = str(error).partition("\n")[0].rstrip(".")
         raise IsthmusError(
             f"{path}{at}: neither a local folder nor to be had from the Hugging Face hub "
-            f"({type(error).__name__}: {reason}). {_remedy(error, path)}"
+            f"({type(error).__name__}: {one_line(error)}). {_remedy(error, path)}"
         ) from error
 
 

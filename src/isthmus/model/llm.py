@@ -20,12 +20,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
 from isthmus.errors import IsthmusError
-from isthmus.files import read_json
 from isthmus.model.parts import (
     PartSettings,
     PretrainedSettings,
     Source,
     Tune,
+    load_config,
     load_network,
     load_tokenizer,
     resolve,
@@ -182,15 +182,13 @@ class LLM(nn.Module):
 
 
 def _require_causal(place: Path, path: str) -> None:
-    """Raise IsthmusError for a model folder that says it is something else than a causal LM."""
-    if place.is_file():
-        return  # a GGUF file is tried
-    config = read_json(place / "config.json")
-    fits = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.get("model_type"))
-    declared = config.get("architectures") or [fits]
+    """Raise IsthmusError for a model that says it is something else than a causal LM."""
+    config = load_config(place, path)
+    fits = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    declared = config.architectures or [fits]
     known = any(str(one).lower().endswith(CAUSAL) or one == fits for one in declared)
-    if fits is None or config.get("is_encoder_decoder") or not known:
-        what = declared[0] or f"{config.get('model_type')!r} model"
+    if fits is None or config.is_encoder_decoder or not known:
+        what = declared[0] or f"{config.model_type!r} model"
         raise IsthmusError(
             f"llm.path: {path} is a {what}, no causal language model, which goes on with a text. "
             "Name one that is; an encoder of speech stands in encoder.path."

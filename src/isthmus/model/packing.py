@@ -25,6 +25,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 Backend = Literal["sdpa", "varlen"]
 PACKED = "isthmus_packed_"  # and the name of the ordinary attention
 ORDINARY = ("sdpa", "eager")
+MOST_SCORES = 2.0  # that a padded batch may have, to one that there would be without padding
+SCORE_BYTES = 16 * 2**20  # of a layer
 
 
 @dataclass
@@ -95,11 +97,15 @@ def _attention(
     window = options.get("sliding_window")
     if window:
         packing.windows.add(window)
-    packing.kernels.add(packing.backend)
-    if packing.backend == "varlen":
+    dropout = options.get("dropout")
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    if packing.backend == "varlen" and half and not dropout:
+        packing.kernels.add("varlen")
         return _varlen(query, key, value, packing, options.get("scaling"), window), None
+    packing.kernels.add("sdpa")
     slides = window and window < max(packing.lengths)
-    if ordinary == "sdpa" and not slides and not options.get("dropout") and _slow(query):
+    plain = ordinary == "sdpa" and not slides and not dropout
+    if plain and _products_win(query, packing.lengths):
         return _products(query, key, value, packing, options.get("scaling")), None
     outputs = []
     pieces = (part.split(packing.lengths, dim=2) for part in (query, key, value))
@@ -119,9 +125,16 @@ def _ordinary(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tenso
     return cast(Callable[..., tuple[Tensor, Tensor | None]], found)
 
 
-def _slow(query: Tensor) -> bool:
-    """Whether torch's own kernel loses against plain products, by 5 to 1 in the backward pass."""
-    return query.device.type == "cpu" and query.dtype == torch.bfloat16
+def _products_win(query: Tensor, lengths: Sequence[int]) -> bool:
+    """Whether torch's own kernel loses against plain products: by 5 to 1 in the backward pass, on
+    a CPU in bfloat16.
+
+    Products keep their scores in every layer, those of padding too, so these must be few.
+    """
+    scores = len(lengths) * max(lengths) ** 2  # of a head
+    even = scores <= MOST_SCORES * sum(length * length for length in lengths)
+    small = scores * query.shape[1] * query.element_size() <= SCORE_BYTES
+    return query.device.type == "cpu" and query.dtype == torch.bfloat16 and even and small
 
 
 def _products(
@@ -367,6 +380,8 @@ def _fault(network: PreTrainedModel, ordinary: str, backend: Backend, noise: Ten
         config._attn_implementation = ordinary
     if not packing.kernels:
         return "its code does not let its attention know where an utterance ends"
+    if backend not in packing.kernels:
+        return "it needs half precision"
     if _slides(config) and not packing.windows:
         return "its attention does not say how far it slides"
     before, own, after = gradient.split(LENGTHS)

@@ -3,7 +3,6 @@
 Only configuration, tokenizer and weights are ever read: no remote code.
 """
 
-import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -19,15 +18,15 @@ from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
 
-from isthmus.errors import IsthmusError, suggest
-from isthmus.model.fetch import FETCHED, part_folder
+from isthmus.errors import IsthmusError, one_line, suggest
+from isthmus.files import read_json
+from isthmus.model.fetch import FETCHED, is_fetched, part_folder
 from isthmus.model.hub import DESCRIBING, download, download_model
 from isthmus.model.weights import (
     PICKLED,
     SAFE,
     arguments,
     copied_sums,
-    one_line,
     require_finite,
     sha256,
     weight_files,
@@ -116,7 +115,7 @@ def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> 
         raise IsthmusError(
             f"Unknown model {path!r} of isthmus.{suggest(path, known)} Known: {', '.join(known)}."
         )
-    elif planned:
+    elif planned and not is_fetched(path):
         return _planned_folder(planned, path)
     elif path in FETCHED:
         folder = part_folder(FETCHED[path])
@@ -190,24 +189,60 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a model folder, with what is read here of the right kind.
+
+    Raises IsthmusError.
+    """
+    config = read_json(folder / "config.json")
+    found = config if isinstance(config, dict) else {}
+    if not isinstance(found.get("model_type"), str):
+        fault = "model_type in it is no text, such as 'llama'"
+    elif not isinstance(found.get("architectures"), list | None):
+        fault = "architectures in it is no list, such as ['LlamaForCausalLM']"
+    else:
+        return found
+    raise IsthmusError(f"{folder / 'config.json'} is damaged: {fault}. Download it again.")
+
+
 def model_type(folder: Path) -> str:
     """The architecture a model folder declares, such as `whisper`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return str(config.get("model_type", ""))
+    return str(read_config(folder)["model_type"])
+
+
+def load_config(place: Path, path: str) -> Any:
+    """What transformers makes of the configuration in a folder or a GGUF file.
+
+    Raises IsthmusError.
+    """
+    if place.is_dir():
+        read_config(place)
+    with loading(path, place):
+        return AutoConfig.from_pretrained(**arguments(place), trust_remote_code=False)
 
 
 def load_network(auto: Any, place: Path, path: str, dtype: str = "auto") -> Any:
     """The network in a folder or GGUF file by an Auto class of transformers, all its weights there.
 
-    Raises IsthmusError, also for weights that the folder lacks: transformers would go on with
-    random numbers in their place.
+    Raises IsthmusError, also for weights that the folder lacks or has in other shapes: transformers
+    would go on with random numbers in their place.
     """
     if _planned.get():
         return _sized_network(auto, place, path, dtype)
-    weights = weights_arguments(place, path)
-    with loading(path, place):
+    with weights_arguments(place, path) as weights, loading(path, place):
         network, info = auto.from_pretrained(
-            **weights, trust_remote_code=False, dtype=dtype, output_loading_info=True
+            **weights,
+            trust_remote_code=False,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # which are told here, in one line
+        )
+    if mismatched := sorted(info["mismatched_keys"]):
+        name, found, wanted = mismatched[0]
+        raise IsthmusError(
+            f"{path}: {place} has {len(mismatched)} weights in other shapes than its configuration "
+            f"says, such as {name}: {tuple(found)}, and not {tuple(wanted)}. Download or write it "
+            "again."
         )
     missing = {name for name in info["missing_keys"] if name.split(".")[-1] not in SPARE_WEIGHTS}
     if missing:
@@ -221,8 +256,8 @@ def load_network(auto: Any, place: Path, path: str, dtype: str = "auto") -> Any:
 
 def _sized_network(auto: Any, place: Path, path: str, dtype: str) -> Any:
     """What load_network gives, on the meta device: no weight is read or made up."""
+    config = load_config(place, path)
     with loading(path, place), torch.device("meta"):
-        config = AutoConfig.from_pretrained(**arguments(place), trust_remote_code=False)
         number = config.dtype if dtype == "auto" else getattr(torch, dtype)
         return auto.from_config(config, dtype=number, trust_remote_code=False)
 
@@ -244,18 +279,23 @@ def save_half(network: Any, folder: Path) -> None:
         name: value.half() if value.is_floating_point() else value
         for name, value in network.state_dict().items()
     }
-    with no_bars():
+    with quiet():
         network.save_pretrained(folder, state_dict=half)
 
 
 @contextmanager
-def no_bars() -> Iterator[None]:
-    """Without the progress bars of transformers, for what takes seconds."""
-    bars = transformers_logging.is_progress_bar_enabled()
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers, and what it says to the one who calls it."""
+    bars, verbosity = (
+        transformers_logging.is_progress_bar_enabled(),
+        transformers_logging.get_verbosity(),
+    )
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()
 
@@ -264,10 +304,10 @@ def no_bars() -> Iterator[None]:
 def loading(path: str, place: Path | None = None) -> Iterator[None]:
     """Turns what libraries say of files that cannot be loaded into an IsthmusError.
 
-    Their progress bars are off meanwhile: downloading is done, and reading takes seconds.
+    They are quiet meanwhile: downloading is done, reading takes seconds, and faults are told here.
     """
     try:
-        with no_bars():
+        with quiet():
             yield
     except IsthmusError:
         raise

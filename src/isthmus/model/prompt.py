@@ -50,7 +50,7 @@ class Kind(Enum):
     TEXT = "text"  # never becomes special tokens
     AUDIO = "audio"  # the projector's embeddings
     BEGIN = "begin"  # the tokenizer's beginning of sequence, if it has one
-    USUAL = "usual"  # what the tokenizer by itself puts before a text: that, or nothing
+    TOKENIZER_PREFIX = "tokenizer prefix"  # what it puts before a text by itself, if anything
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Segment:
 
 AUDIO = Segment(Kind.AUDIO)
 BEGIN = Segment(Kind.BEGIN)
-USUAL = Segment(Kind.USUAL)
+TOKENIZER_PREFIX = Segment(Kind.TOKENIZER_PREFIX)
 
 
 class Prompt(PartSettings):
@@ -131,7 +131,7 @@ class SlamPrompt(InstructedPrompt):
 
     def segments(self, tokenizer: Any) -> list[Segment]:
         before, after = Segment(Kind.TEMPLATE, "USER: "), Segment(Kind.TEMPLATE, "\n ASSISTANT:")
-        return [AUDIO, USUAL, before, Segment(Kind.TEXT, self.words), after]
+        return [AUDIO, TOKENIZER_PREFIX, before, Segment(Kind.TEXT, self.words), after]
 
 
 class BarePrompt(Prompt):
@@ -303,16 +303,16 @@ class _TokenisedPrompt:
             if one.kind is Kind.TEMPLATE
             for token in template_tokens(tokenizer, one.text)
         ]
-        steering = [_steering(tokenizer, tokens) for tokens in (joint[start:], named)]
-        unknown = str(tokenizer.unk_token)  # by name, not for want of a letter
-        spelt = steering[0] != steering[1] or any(
-            unknown in one.text for one in texts if one.kind is Kind.TEXT
+        special = [_special_ids(tokenizer, tokens) for tokens in (joint[start:], named)]
+        unknown = tokenizer.unk_token  # by name, not for want of a letter
+        spelt = special[0] != special[1] or any(
+            unknown in one.text for one in texts if unknown and one.kind is Kind.TEXT
         )
         if joint[:start] != self.tokens or spelt:
-            return [token for one in texts for token in self._apart(one)]
+            return [token for one in texts for token in self._separate_ids(one)]
         return joint[start:]
 
-    def _apart(self, segment: Segment) -> list[int]:
+    def _separate_ids(self, segment: Segment) -> list[int]:
         """Tokens of a text whatever stands before it."""
         encode = template_tokens if segment.kind is Kind.TEMPLATE else plain_tokens
         if self.text:  # in no tokenizer's first place, where some put a blank before a text
@@ -323,13 +323,12 @@ class _TokenisedPrompt:
         return encode(self.tokenizer, segment.text)
 
 
-_tokenised = lru_cache(maxsize=64)(
-    _TokenisedPrompt
-)  # an utterance costs the tokens of its joint text, once
+# an utterance costs the tokens of its joint text, once
+_tokenised = lru_cache(maxsize=64)(_TokenisedPrompt)
 
 
 def _beginning(tokenizer: Any, kind: Kind) -> list[int]:
-    if kind is Kind.USUAL:
+    if kind is Kind.TOKENIZER_PREFIX:
         first = template_tokens(tokenizer, "a")[0]
         return list(takewhile(lambda token: token != first, tokenizer.encode("a")))
     return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -342,7 +341,7 @@ def _joins_blanks(tokenizer: Any) -> bool:
     return template_tokens(tokenizer, "a a") != apart
 
 
-def _steering(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
+def _special_ids(tokenizer: Any, tokens: Sequence[int]) -> list[int]:
     """The special ones among tokens; unknown letters are none."""
     special = special_tokens(tokenizer) - {tokenizer.unk_token_id}
     return [token for token in tokens if token in special]
@@ -356,7 +355,7 @@ def template_tokens(tokenizer: Any, text: str) -> list[int]:
 def plain_tokens(tokenizer: Any, text: str) -> list[int]:
     """Tokens of text that is not trusted: the names of special tokens are spelt out."""
     tokens = list(tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True))
-    if special := set(_steering(tokenizer, tokens)):
+    if special := set(_special_ids(tokenizer, tokens)):
         names = tokenizer.convert_ids_to_tokens(sorted(special))
         raise IsthmusError(
             f"The tokenizer of {tokenizer.name_or_path} reads special tokens ({', '.join(names)}) "

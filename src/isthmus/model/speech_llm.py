@@ -210,7 +210,7 @@ class SpeechLLM(nn.Module):
         """
         tokens: list[int] = []
         labels: list[int] = []
-        hidden: list[bool] = []
+        masked: list[bool] = []
         lengths = []
         limit = self.llm.max_tokens
         prompts = prompts or [self.prompts[0]] * len(audio)
@@ -228,14 +228,14 @@ class SpeechLLM(nn.Module):
             tokens += own_tokens
             labels += own_labels
             if masking:
-                hidden += _hidden(own_labels, fraction)
+                masked += _masked(own_labels, fraction)
             lengths.append(len(own_tokens))
         placed = torch.tensor(tokens)
         heard = torch.cat(list(audio)).to(self.llm.dtype)
         where = (placed == AUDIO).nonzero()[:, 0].to(heard.device)
         text = self.llm.embed(placed.clamp(min=0).to(heard.device)).to(self.llm.dtype)
         if masking:
-            mask = torch.tensor(hidden).to(heard.device)
+            mask = torch.tensor(masked).to(heard.device)
             text = torch.where(mask[:, None], self._mask_embedding().to(text), text)
         return Row(text.index_copy(0, where, heard), torch.tensor(labels).to(heard.device), lengths)
 
@@ -333,7 +333,7 @@ class SpeechLLM(nn.Module):
         return TranscriptLoss(total, int(supervised.sum()), correct, labels.numel(), padding)
 
 
-def _hidden(labels: Sequence[int], fraction: float) -> list[bool]:
+def _masked(labels: Sequence[int], fraction: float) -> list[bool]:
     """Which inputs of a sequence are masked: its transcript's tokens, each with that probability.
 
     What stands before the transcript stays, and so does the end token, which predicts nothing.

@@ -13,25 +13,28 @@ import re
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import _SIZE, save_file
 from torch import Tensor
 
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import (
-    MANIFEST,
     FolderLock,
+    file_sha256,
     read_json,
+    remove_folder,
     require_space,
     user_cache,
+    verify_folder,
     write_atomic,
     write_file,
     write_folder,
@@ -41,6 +44,7 @@ SAFE, PICKLED = "model.safetensors", "pytorch_model.bin"
 INDEX = ".index.json"  # behind either name: which of several files holds which weight
 CONFIGURATION = ("config.json", "generation_config.json")
 LARGE = 10_000_000  # bytes of a file whose checksum is worth remembering
+STORED = frozenset(_SIZE)  # the types of numbers that safetensors hold
 SETTLED = 2  # seconds after which a change of a file shows in its times
 COPY_VERSION = 1  # raise it whenever a copy is made otherwise
 GgufConfig: Any = getattr(transformers, "GgufConfig", None)  # of those that could keep it packed
@@ -67,16 +71,16 @@ def weight_files(folder: Path, name: str) -> list[Path]:
 
 def indexed(folder: Path, single: str) -> list[str]:
     """The files in which the index of `folder` has what else were in `single`; none without one."""
-    index = folder / (single + INDEX)
+    index, kind = folder / (single + INDEX), Path(single).suffix
     if not index.is_file():
         return []
     try:
         shards = sorted(set(read_json(index)["weight_map"].values()))
-        if shards and all(Path(shard).name == shard for shard in shards):
+        if shards and all(re.fullmatch(r"[^/\\]+" + re.escape(kind), shard) for shard in shards):
             return shards
     except (KeyError, TypeError, AttributeError):
         pass
-    raise IsthmusError(f"{index} is damaged: it does not say which file holds which weight.")
+    raise IsthmusError(f"{index} is damaged: it does not say which *{kind} holds which weight.")
 
 
 def arguments(place: Path) -> dict[str, Any]:
@@ -91,17 +95,20 @@ def arguments(place: Path) -> dict[str, Any]:
     return {"pretrained_model_name_or_path": place.parent, "gguf_file": place.name}
 
 
-def weights_arguments(place: Path, name: str) -> dict[str, Any]:
-    """How transformers is told to load the weights of model `name`, in a folder or a GGUF file."""
-    if place.is_file():
-        unpacked = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
-        return arguments(place) | unpacked
-    files = weight_files(place, name)
-    copy = place if files[0].suffix == ".safetensors" else without_pickles(files, name)
-    if copy is None:
-        for file in files:
-            read_pickle(file, name)  # says what is wrong with it
-    return arguments(copy or place) | {"use_safetensors": copy is not None}
+@contextmanager
+def weights_arguments(place: Path, name: str) -> Iterator[dict[str, Any]]:
+    """How transformers is told to load the weights of model `name`, in a folder or a GGUF file.
+
+    What it is told of is there while this is entered.
+    """
+    with ExitStack() as stack:
+        if place.is_file():
+            more = {"quantization_config": GgufConfig(dequantize=True)} if GgufConfig else {}
+        else:
+            files, more = weight_files(place, name), {"use_safetensors": True}
+            if files[0].suffix != ".safetensors":
+                place = without_pickles(files, name) or stack.enter_context(_spare(files, name))
+        yield arguments(place) | more
 
 
 def copy_of(files: Sequence[Path]) -> Path:
@@ -112,37 +119,64 @@ def copy_of(files: Sequence[Path]) -> Path:
 
 
 def copied_sums(files: Sequence[Path]) -> dict[str, str]:
-    """SHA-256 of the safetensors that pickled `files` were turned into, as far as they were."""
-    manifest = copy_of(files) / MANIFEST
-    sums = read_json(manifest)["sha256"] if manifest.is_file() else {}
-    return {name: digest for name, digest in sums.items() if name.endswith(".safetensors")}
+    """SHA-256 of the safetensors that pickled `files` were turned into, if they are whole."""
+    copy = copy_of(files)
+    made = sorted(copy.glob("*.safetensors")) if _is_whole(copy) else []
+    return {file.name: _remembered(file) for file in made}
+
+
+def _is_whole(copy: Path) -> bool:
+    with suppress(IsthmusError):
+        verify_folder(copy, digest_of=_remembered)
+        return True
+    return False
 
 
 def without_pickles(files: Sequence[Path], name: str) -> Path | None:
     """The folder of a model whose pickled `files` were turned into safetensors, now or before.
 
-    It is made once, by one process. None, with a warning, where the cache cannot take it. Raises
-    IsthmusError for a pickle that is damaged or holds more than tensors.
+    It is made once, by one process, and again if it is damaged. None, with a warning, where the
+    cache cannot take it. Raises IsthmusError for a pickle that is damaged or holds more than
+    tensors.
     """
     copy = copy_of(files)
-    if copy.is_dir():
+    if _is_whole(copy):
         return copy
     try:
         with FolderLock(copy.parent, wait=True):
-            if not copy.is_dir():
+            if not _is_whole(copy):
+                if copy.exists():
+                    log.warning("%s is damaged, and made again.", copy)
+                    remove_folder(copy)
                 log.info("%s: its pickled weights are turned into safetensors, once.", name)
                 require_space(copy.parent, sum(file.stat().st_size for file in files), 1.1)
                 write_folder(copy, partial(_convert, files, name))
     except (OSError, RetryLater) as error:
         reason = str(error) if isinstance(error, RetryLater) else f"{copy}: {error.strerror}."
         log.warning(
-            "%s: its pickled weights are read each time, because the cache cannot take a copy in "
-            "safetensors: %s ISTHMUS_CACHE names another place for it.",
+            "%s: its pickled weights are turned into safetensors each time, because the cache "
+            "cannot take the copy: %s ISTHMUS_CACHE names another place for it.",
             name,
             reason,
         )
         return None
     return copy
+
+
+@contextmanager
+def _spare(files: Sequence[Path], name: str) -> Iterator[Path]:
+    """Such a folder in a temporary place. Raises also RetryLater, where that has no room either."""
+    with ExitStack() as stack:
+        try:
+            folder = Path(stack.enter_context(TemporaryDirectory(prefix="isthmus-")))
+            _convert(files, name, folder)
+        except OSError as error:
+            raise RetryLater(
+                f"{name}: its pickled weights cannot be turned into safetensors: neither the cache "
+                f"nor {gettempdir()} takes them: {error.strerror}. Free some space, or set "
+                "ISTHMUS_CACHE or TMPDIR."
+            ) from error
+        yield folder
 
 
 def _convert(files: Sequence[Path], name: str, folder: Path) -> None:
@@ -170,7 +204,8 @@ def read_pickle(file: Path, name: str) -> dict[str, Tensor]:
     """The tensors of a pickled state dict, on the CPU; its own code is not run.
 
     They may lie one level down, under `state_dict`, as trainers leave them; what else there is is
-    left. Raises IsthmusError for a file that is damaged or wants more than tensors.
+    left. Raises IsthmusError for a file that is damaged or wants more than tensors, and for
+    tensors that safetensors cannot hold.
     """
     try:
         found = torch.load(
@@ -187,9 +222,18 @@ def read_pickle(file: Path, name: str) -> dict[str, Tensor]:
         )
         raise IsthmusError(f"{name}: {file} {fault}") from error
     nested = found.get("state_dict", found) if isinstance(found, Mapping) else {}
-    tensors = {key: value for key, value in nested.items() if isinstance(value, Tensor)}
+    items = nested.items() if isinstance(nested, Mapping) else ()
+    tensors = {key: value for key, value in items if isinstance(value, Tensor)}
     if not tensors:
         raise IsthmusError(f"{name}: {file} holds no weights by name.")
+    for key, value in tensors.items():
+        plain = value.layout == torch.strided and not value.is_meta and value.dtype in STORED
+        if not (plain and isinstance(key, str)):
+            kind = f"{value.dtype}, {value.layout}, {value.device}".replace("torch.", "")
+            raise IsthmusError(
+                f"{name}: {file} holds {key!r} ({kind}), which is no weight by name that "
+                "safetensors can hold. Take a model that has safetensors."
+            )
     return tensors
 
 
@@ -241,28 +285,18 @@ def sha256(file: Path) -> str:
 def _remembered(file: Path) -> str:
     stat = file.stat()
     if stat.st_size < LARGE:
-        return _content_digest(file)
+        return file_sha256(file)
     identity = [str(file), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
     memory = user_cache("sums") / _digest_of(identity)
     with suppress(OSError, ValueError):
         if re.fullmatch(r"[0-9a-f]{64}", digest := memory.read_text(encoding="ascii")):
             return digest
-    digest = _content_digest(file)
+    digest = file_sha256(file)
     if time.time() - max(stat.st_mtime, stat.st_ctime) > SETTLED:
         with suppress(OSError):
             write_atomic(memory, digest)
     return digest
 
 
-def _content_digest(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def one_line(error: BaseException) -> str:
-    """What a library says, in one line that is not too long."""
-    return textwrap.shorten(str(error), 300).rstrip(".") or type(error).__name__

@@ -13,6 +13,7 @@ from lhotse.cut import Cut
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
+from isthmus.model.features import padded
 from isthmus.recipe_settings import JoinSettings, SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
@@ -301,9 +302,5 @@ def transcript(cut: Cut) -> str:
 
 
 def collate(ids: list[str], waveforms: Sequence[np.ndarray], texts: list[str]) -> Batch:
-    """Pad waveforms (S,) at the end to one tensor (B, S)."""
-    lengths = [len(waveform) for waveform in waveforms]
-    padded = torch.zeros(len(waveforms), max(lengths, default=0))
-    for row, waveform in zip(padded, waveforms, strict=True):
-        row[: len(waveform)] = torch.from_numpy(waveform)
-    return Batch(ids, padded, torch.tensor(lengths, dtype=torch.long), texts)
+    """A batch of waveforms (S,)."""
+    return Batch(ids, *padded(waveforms), texts)

@@ -5,7 +5,7 @@ from pathlib import Path
 from isthmus.errors import IsthmusError
 from isthmus.files import write_folder
 from isthmus.model.adapters import save_adapter
-from isthmus.training.runs import load_run, stored_recipe
+from isthmus.training.run_loading import load_run, stored_recipe
 
 
 def export_adapter(run: Path, folder: Path) -> str:

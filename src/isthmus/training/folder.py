@@ -1,4 +1,4 @@
-"""What can be said of a run folder without torch: where it lies, and whether we can read it."""
+"""What can be said of a run folder without torch: where it lies, its files, if we can read it."""
 
 import re
 from importlib.metadata import version
@@ -9,6 +9,8 @@ from isthmus.files import read_json
 from isthmus.recipe_files import read_recipe
 
 RECIPE, ENVIRONMENT, MODEL = "recipe.yaml", "environment.json", "model"
+PARTS = "parts.json"
+BEST, CHECKPOINTS = "best", "checkpoints"
 CONFIG = "config.json"  # which every folder of a pretrained model has
 PRETRAINING = {"architecture", "start_from"}  # keys that only recipes of pretraining have
 DEFAULT = "default"  # the run that ships
@@ -52,9 +54,14 @@ def local_system(name: str | Path) -> Path | None:
     return run
 
 
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is one of a run, which has a recipe."""
+    return (folder / RECIPE).is_file()
+
+
 def check_run(folder: Path) -> None:
     """Raise IsthmusError unless this is a run folder, and of no newer isthmus than this."""
-    if not (folder / RECIPE).is_file():
+    if not holds_run(folder):
         raise IsthmusError(
             f"{folder} is no run folder: it has no {RECIPE}. Name one that `isthmus train` made."
         )

@@ -26,12 +26,11 @@ from isthmus.files import remove_folder, write_atomic
 from isthmus.recipe_settings import LoopSettings
 from isthmus.training import checkpoint
 from isthmus.training.checkpoint import Progress
+from isthmus.training.folder import BEST, CHECKPOINTS
 from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
 from isthmus.training.stream import Item, Loader, dev_orders, load_ahead, orders, take
 
-BEST = "best"
-CHECKPOINTS = "checkpoints"
 METRICS = "metrics.jsonl"
 NON_FINITE_IN_A_ROW = 3
 NON_FINITE_SHARE = 0.001  # of all steps, beyond the first three

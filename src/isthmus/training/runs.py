@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -19,12 +19,10 @@ from typing import Any, Self
 import torch
 
 from isthmus.errors import IsthmusError, RetryLater
-from isthmus.files import LOCK, FolderLock, read_json, recover_folder, write_atomic, write_folder
+from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folder
 from isthmus.model.cache import require_cache
 from isthmus.model.llm import save_llm
-from isthmus.model.parts import choose_device
-from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, dump_recipe, load_recipe
+from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, dump_recipe
 from isthmus.recipe_files import parse_yaml
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData
@@ -32,14 +30,14 @@ from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import Verification
-from isthmus.training.folder import ENVIRONMENT, MODEL, RECIPE, check_run, versions
+from isthmus.training.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RECIPE
 from isthmus.training.language import LanguageTask
-from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, OnStep, fit
+from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
+from isthmus.training.run_loading import as_recorded, compare_sources
 from isthmus.training.spelling import UNITS, keep_units, run_units
 
-PARTS = "parts.json"
 DATA = "data.json"
 CHANGES = "changes.jsonl"
 TENSORBOARD = "tensorboard"
@@ -127,7 +125,7 @@ class RunFolder:
                 log.info("%s holds no run yet: it begins.", folder)
         elif opening.resume:
             self._refuse(_recipe_changes(folder, self.recipe))
-            _compare_sources(self.recipe, folder)
+            compare_sources(self.recipe, folder)
             before, now = read_json(folder / ENVIRONMENT), _environment()
             self._refuse({n: (before.get(n), now[n]) for n in COMPARED if before.get(n) != now[n]})
         elif not opening.overwrite:
@@ -265,7 +263,7 @@ def train(
     """
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
-        pinned = _as_recorded(recipe, folder) if run.resumed else recipe
+        pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
@@ -305,69 +303,6 @@ def cache_features(
                 task.use_cache(cache)
                 task.fill_cache(ranks, on_utterance)
             return cache.verify() if ranks.world == 1 else None
-
-
-def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
-    """The trained model of a run folder, in evaluation mode, and its recipe.
-
-    A run that has not been validated yet gives its newest sound checkpoint.
-
-    Raises IsthmusError when the run is unfinished or damaged, or when a frozen part is not the one
-    it was trained with.
-    """
-    check_run(folder)
-    recover_folder(folder / BEST)
-    weights = folder / BEST
-    if not weights.is_dir():
-        newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
-        if newest is None:
-            raise IsthmusError(
-                f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
-                + "".join(f" {fault}" for fault in faults)
-            )
-        log.info("%s was never validated: its newest checkpoint %s", folder, newest.name)
-        weights = newest
-    recipe = _as_recorded(stored_recipe(folder), folder)
-    _compare_sources(recipe, folder)
-    model = recipe.build()
-    checkpoint.load_weights(weights, model.trained_state())
-    return model.to(choose_device()).eval(), recipe
-
-
-def stored_recipe(folder: Path) -> Recipe:
-    """The recipe of a run folder; raises IsthmusError, with the version that wrote it."""
-    try:
-        return load_recipe(folder / RECIPE)
-    except IsthmusError as error:
-        raise IsthmusError(f"{error}{versions(folder)}") from error
-
-
-def _as_recorded(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe with the commits that the run was trained with, where they come from the hub."""
-    for name, part in read_json(folder / PARTS).items():
-        if part["commit"]:
-            recipe = _pinned(recipe, name.split("."), part["commit"])
-    return recipe
-
-
-def _pinned(settings: Any, path: Sequence[str], commit: str) -> Any:
-    """Settings with the commit of the part at `path` below them."""
-    if not path:
-        return settings.at(commit)
-    part = _pinned(getattr(settings, path[0]), path[1:], commit)
-    return settings.model_copy(update={path[0]: part})
-
-
-def _compare_sources(recipe: Experiment, folder: Path) -> None:
-    """What a run starts from is stored by checksum only: it must still be the same."""
-    recorded = read_json(folder / PARTS)
-    for name, part in recipe.sources().items():
-        if recorded.get(name, {}).get("sha256") != part.sha256:
-            raise IsthmusError(
-                f"{folder} was trained with other files of the {name} {part.name}: their "
-                f"SHA-256 in {PARTS} differ from those found now. Restore them; for a model of "
-                "the hub, pin the revision."
-            )
 
 
 def pretrain_ctc(

@@ -17,8 +17,8 @@ from isthmus.recipe_settings import Corpus
 from isthmus.speech.corpora import read_corpus
 from isthmus.training import checkpoint
 from isthmus.training.batches import transcript
+from isthmus.training.folder import CHECKPOINTS
 from isthmus.training.languages import chosen
-from isthmus.training.loop import CHECKPOINTS
 from isthmus.training.parallel import Ranks
 
 UNITS = "units"

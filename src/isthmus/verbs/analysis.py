@@ -108,10 +108,10 @@ def plan(
     read_recipe(recipe, overrides or [])  # a typing error need not wait for torch
     named_peak(gpu)
     from isthmus.analysis.plan import Hardware, make_plan
-    from isthmus.recipe import load_recipe
+    from isthmus.recipe import load_any_recipe
 
     found = make_plan(
-        load_recipe(recipe, overrides or []),
+        load_any_recipe(recipe, overrides or []),
         Hardware(gpu, gpus, mfu),
         hours=hours,
         mean_seconds=mean_seconds,

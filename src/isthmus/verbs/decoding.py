@@ -211,6 +211,9 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
     if not good and not options.as_json:
         raise typer.Exit(1)
     with loading("the model"):
+        from isthmus.decoding.lazy_imports import defer_compiler_imports
+
+        defer_compiler_imports()
         from isthmus.decoding.systems import load_system
 
         transcriber = load_system(options.model, align_model=options.align_model, **options.decode)

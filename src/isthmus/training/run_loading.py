@@ -1,0 +1,79 @@
+"""Reading a run folder: the model that was trained in it. Nothing here trains."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from isthmus.errors import IsthmusError
+from isthmus.files import read_json, recover_folder
+from isthmus.model.parts import choose_device
+from isthmus.model.speech_llm import SpeechLLM
+from isthmus.recipe import Experiment, Recipe, load_recipe
+from isthmus.training import checkpoint
+from isthmus.training.folder import BEST, CHECKPOINTS, PARTS, RECIPE, check_run, versions
+
+log = logging.getLogger(__name__)
+
+
+def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
+    """The trained model of a run folder, in evaluation mode, and its recipe.
+
+    A run that has not been validated yet gives its newest sound checkpoint.
+
+    Raises IsthmusError when the run is unfinished or damaged, or when a frozen part is not the one
+    it was trained with.
+    """
+    check_run(folder)
+    recover_folder(folder / BEST)
+    weights = folder / BEST
+    if not weights.is_dir():
+        newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
+        if newest is None:
+            raise IsthmusError(
+                f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
+                + "".join(f" {fault}" for fault in faults)
+            )
+        log.info("%s was never validated: its newest checkpoint %s", folder, newest.name)
+        weights = newest
+    recipe = as_recorded(stored_recipe(folder), folder)
+    compare_sources(recipe, folder)
+    model = recipe.build()
+    checkpoint.load_weights(weights, model.trained_state())
+    return model.to(choose_device()).eval(), recipe
+
+
+def stored_recipe(folder: Path) -> Recipe:
+    """The recipe of a run folder; raises IsthmusError, with the version that wrote it."""
+    try:
+        return load_recipe(folder / RECIPE)
+    except IsthmusError as error:
+        raise IsthmusError(f"{error}{versions(folder)}") from error
+
+
+def as_recorded(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe with the commits that the run was trained with, where they come from the hub."""
+    for name, part in read_json(folder / PARTS).items():
+        if part["commit"]:
+            recipe = _pinned(recipe, name.split("."), part["commit"])
+    return recipe
+
+
+def _pinned(settings: Any, path: Sequence[str], commit: str) -> Any:
+    """Settings with the commit of the part at `path` below them."""
+    if not path:
+        return settings.at(commit)
+    part = _pinned(getattr(settings, path[0]), path[1:], commit)
+    return settings.model_copy(update={path[0]: part})
+
+
+def compare_sources(recipe: Experiment, folder: Path) -> None:
+    """What a run starts from is stored by checksum only: it must still be the same."""
+    recorded = read_json(folder / PARTS)
+    for name, part in recipe.sources().items():
+        if recorded.get(name, {}).get("sha256") != part.sha256:
+            raise IsthmusError(
+                f"{folder} was trained with other files of the {name} {part.name}: their "
+                f"SHA-256 in {PARTS} differ from those found now. Restore them; for a model of "
+                "the hub, pin the revision."
+            )
