@@ -33,6 +33,7 @@ from isthmus.model.qformer import QFormerSettings
 from isthmus.model.quantise import quantise
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import LETTERS, LetterUnits, UnitSettings
+from isthmus.model.token_ctc import TokenCTC
 from isthmus.recipe_files import read_recipe
 from isthmus.recipe_settings import (
     CTCDataSettings,
@@ -65,6 +66,8 @@ class Recipe(Experiment):
     data: SpeechDataSettings = SpeechDataSettings()
     train: SpeechTrainSettings = SpeechTrainSettings()
     prompt: PromptSettings = Field(default=PaperPrompt(), discriminator="template")
+    start_from: str | None = None
+    """A run whose trained weights this one begins with, as far as both have them."""
     decode: DecodeSettings = DecodeSettings()
 
     @model_validator(mode="after")
@@ -95,9 +98,12 @@ class Recipe(Experiment):
         encoder = self.build_encoder()
         self.projector.check(encoder, self.encoder)
         llm = self.build_llm()
+        projector = self.projector.build(encoder, llm)
+        if self.train.ctc_weight and projector.ctc is None:
+            projector.ctc = TokenCTC(llm)
         model = SpeechLLM(
             encoder,
-            self.projector.build(encoder, llm),
+            projector,
             llm,
             self.prompt,
             {"encoder": self.encoder.tune, "llm": self.llm.tune},

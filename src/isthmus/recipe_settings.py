@@ -190,16 +190,14 @@ class SpeechTrainSettings(TrainSettings):
     text_masking: Fraction | dict[str, Fraction] = 0.0
     """Share of the transcript's tokens that the LLM is not shown; or one for each language."""
     llm_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
-    """Of the LLM's loss; 0 teaches by CTC alone, and the LLM never runs."""
+    """Of the LLM's loss; 0 trains by CTC alone, and the LLM never runs."""
     ctc_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Of the loss of CTC over the LLM's tokens, by which audio embeddings come to say them."""
-    alignment_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Of a second loss, by which audio embeddings come to be like the transcript's tokens'."""
+    """Of CTC over the LLM's tokens, by which audio embeddings come to say the transcript."""
 
     @model_validator(mode="after")
     def _something_to_learn(self) -> "SpeechTrainSettings":
         if self.llm_weight == 0 and self.ctc_weight == 0:
-            raise ValueError("llm_weight and ctc_weight are both 0: there is nothing to learn from")
+            raise ValueError("llm_weight and ctc_weight are both 0: set one, or there is no loss")
         return self
 
     def masking(self, language: str) -> float:

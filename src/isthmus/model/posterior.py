@@ -25,6 +25,7 @@ class PosteriorProjector(Projector):
     """
 
     exact = False
+    ctc: TokenCTC
 
     def __init__(self, inner: Projector, ctc: TokenCTC):
         super().__init__()
@@ -37,10 +38,16 @@ class PosteriorProjector(Projector):
         return self.inner.output_length(num_frames)
 
     def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        embeddings, lengths = self.inner(frames, num_frames)
-        rows = zip(embeddings, lengths.tolist(), strict=True)
+        return self.audio(*self.spoken(frames, num_frames))
+
+    def spoken(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        found: tuple[Tensor, Tensor] = self.inner(frames, num_frames)
+        return found
+
+    def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        rows = zip(spoken, lengths.tolist(), strict=True)
         soft = [self._soft_tokens(row[:length]) for row, length in rows]
-        lengths = torch.tensor([len(row) for row in soft], device=frames.device)
+        lengths = torch.tensor([len(row) for row in soft], device=spoken.device)
         return nn.utils.rnn.pad_sequence(soft, batch_first=True), lengths
 
     def _soft_tokens(self, embeddings: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from isthmus.model.encoder import Encoder, EncoderSettings
 from isthmus.model.llm import LLM
 from isthmus.model.parts import PartSettings
+from isthmus.model.token_ctc import TokenCTC
 
 
 class Projector(nn.Module):
@@ -21,12 +22,29 @@ class Projector(nn.Module):
 
     exact: bool = True  # False: the length depends on what is heard
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.ctc: TokenCTC | None = None
+        """What reads the LLM's tokens off the embeddings of `spoken`, where they are taught to it."""
+
     @abstractmethod
     def output_length(self, num_frames: int) -> int:
         """Embeddings of an utterance of `num_frames`; the most there can be, if not `exact`."""
 
     @abstractmethod
     def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def spoken(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
+        """The embeddings (B, A, E), with their lengths, that `ctc` reads: the first half of forward.
+
+        All of it, unless the LLM is given something else than what is read.
+        """
+        found: tuple[Tensor, Tensor] = self(frames, num_frames)
+        return found
+
+    def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The audio embeddings that come of `spoken`, with their lengths: the second half."""
+        return spoken, lengths
 
 
 class ProjectorBase(PartSettings):

@@ -4,7 +4,7 @@ Shapes: B batch, S samples, T encoder frames, A audio embeddings, L positions, K
 loss, E LLM width, V tokens.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -175,10 +175,15 @@ class SpeechLLM(nn.Module):
 
     def project(self, frames: Sequence[Tensor]) -> list[Tensor]:
         """B tensors of frames (T, D) to B tensors of audio embeddings (A, E)."""
-        lengths = torch.tensor([len(row) for row in frames], device=frames[0].device)
-        padded = nn.utils.rnn.pad_sequence([row.float() for row in frames], batch_first=True)
-        embeddings, found = self.projector(padded, lengths)
-        return [row[:length] for row, length in zip(embeddings, found.tolist(), strict=True)]
+        return _together(self.projector, [row.float() for row in frames])
+
+    def spoken(self, frames: Sequence[Tensor]) -> list[Tensor]:
+        """Frames (T, D) to the embeddings (A, E) that the projector's CTC head reads."""
+        return _together(self.projector.spoken, [row.float() for row in frames])
+
+    def audio(self, spoken: Sequence[Tensor]) -> list[Tensor]:
+        """What `spoken` gave, to what `project` gives."""
+        return _together(self.projector.audio, spoken)
 
     def embed_audio(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
         """Waveforms (B, S) to B tensors of audio embeddings (A, E), each at its own length."""
@@ -331,6 +336,16 @@ class SpeechLLM(nn.Module):
         correct = ((logits.argmax(dim=-1) == targets) & supervised).sum()
         padding = labels.numel() - len(row.labels)
         return TranscriptLoss(total, int(supervised.sum()), correct, labels.numel(), padding)
+
+
+def _together(
+    projection: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], rows: Sequence[Tensor]
+) -> list[Tensor]:
+    """Rows of any lengths through what takes them padded."""
+    lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
+    padded = nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
+    found, lengths = projection(padded, lengths)
+    return [row[:length] for row, length in zip(found, lengths.tolist(), strict=True)]
 
 
 def _masked(labels: Sequence[int], fraction: float) -> list[bool]:

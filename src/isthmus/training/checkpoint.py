@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
@@ -104,6 +105,13 @@ def optimiser_state(
         for key, value in optimiser.state[parameter].items():
             tensors[f"{name}/{key}"] = value.detach().contiguous()
     return tensors
+
+
+def stored_names(folder: Path) -> set[str]:
+    """Of the tensors of a verified checkpoint."""
+    verify_folder(folder)
+    with safe_open(folder / WEIGHTS, framework="pt") as stored:
+        return set(stored.keys())
 
 
 def load_weights(folder: Path, state: Mapping[str, Tensor]) -> Progress:

@@ -13,6 +13,7 @@ from isthmus.model.conformer import ConformerCTC
 from isthmus.model.llm import LLM
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
+from isthmus.model.token_ctc import needed_embeddings
 from isthmus.recipe import CTCRecipe, Recipe
 from isthmus.recipe_settings import DEFAULT_LANGUAGE, Corpus, DataSettings
 from isthmus.speech.audio import SAMPLE_RATE
@@ -168,9 +169,15 @@ def fits_model(model: SpeechLLM | ConformerCTC, augmentation: Augmentation | Non
     if isinstance(model, ConformerCTC):
         return _fits_ctc(model)
     longest = augmentation.longest if augmentation else lambda seconds: seconds
+    says = model.projector.ctc is not None
 
     def fault(durations: Sequence[float], text: str) -> str | None:
         found = model.fault(sum(map(longest, durations)), _tokens(model, text))
+        if found is None and says:
+            needed = needed_embeddings(model.transcript_tokens(text))
+            room = model.audio_tokens(sum(durations))
+            if needed > room:
+                return f"its text needs {needed} embeddings for CTC, the audio has {room}"
         return f"{found}, as data.augment may lengthen it" if found and augmentation else found
 
     return fault

@@ -62,7 +62,7 @@ class Loss:
     positions: int = 0  # that the network works on, padding among them
     padding: int = 0
     flops: float = 0.0  # of the model, forward and backward
-    alignment: Tensor | float = 0.0  # () the loss of that name, in the gradient of total alone
+    ctc: Tensor | float = 0.0  # () a second loss, in the gradient of total alone
     rejected: tuple[str, ...] = ()  # what could not be loaded, and why
 
 
@@ -255,8 +255,8 @@ def _step(run: _Run, items: Iterator[Item], count: int) -> dict[str, Any]:
         "step_seconds": seconds,
         "memory_gb": peak_memory(ranks.device) / 1e9,
     } | _work(sums, seconds, ranks)
-    if sums["alignment"]:
-        metrics["alignment_loss"] = sums["alignment"] / units
+    if sums["ctc"]:
+        metrics["ctc_loss"] = sums["ctc"] / units
     if sums["rejected"]:
         metrics["rejected"] = ranks.gather([line for loss in counted for line in loss.rejected])
     if not finite:
@@ -287,7 +287,7 @@ def _backward(run: _Run, item: Item) -> Loss:
 
 def _sums(ranks: Ranks, losses: Sequence[Loss]) -> dict[str, float]:
     """The losses' figures summed over batches and ranks."""
-    names = ("total", "units", "correct", "seconds", "positions", "padding", "flops", "alignment")
+    names = ("total", "units", "correct", "seconds", "positions", "padding", "flops", "ctc")
     own = [float(sum(getattr(loss, name) for loss in losses)) for name in names]
     rejected = float(sum(len(loss.rejected) for loss in losses))
     return dict(zip([*names, "rejected"], ranks.sum([*own, rejected]), strict=True))

@@ -4,15 +4,16 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
+import kaldialign
 import torch
 from torch import Tensor, nn
 
 from isthmus.model.layers import checkpoint_layers, compile_layers, recompute_gates
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.model.token_ctc import needed_embeddings
 from isthmus.recipe import Recipe
 from isthmus.recipe_settings import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
-from isthmus.training.alignment import alignment_loss
 from isthmus.training.batches import Batch, Group, SpeechData
 from isthmus.training.features import FeatureCache
 from isthmus.training.loop import Loss
@@ -82,33 +83,66 @@ class SpeechTask:
             found = model.transcript_loss(model.project([model.encode_alone(silence)]), [""])
             return Loss(found.total * 0, 0, 0, rejected=batch.rejected)
         training, settings = model.training, self.settings
-        audio = model.project(self._frames(batch))
+        spoken = model.spoken(self._frames(batch))
+        if settings.llm_weight == 0:
+            return self._ctc_alone(spoken, batch)
         masking = [settings.masking(language) for language in batch.languages]
         found = model.transcript_loss(
-            audio,
+            model.audio(spoken),
             batch.texts,
             prompts=[model.prompts[number % len(model.prompts)] for number in batch.draws],
             masking=masking if training and any(masking) else None,
         )
-        total, alignment = found.total, torch.zeros_like(found.total)
-        if training and settings.alignment_weight:
-            loss = alignment_loss(
-                model.llm, audio, [model.transcript_tokens(text) for text in batch.texts]
-            )
-            alignment = loss.detach()
+        total, ctc = settings.llm_weight * found.total, torch.zeros_like(found.total)
+        if training and settings.ctc_weight:
+            loss = self._ctc(spoken, batch)[0]
+            ctc = loss.detach()
             # the gradient of both, the value of the cross-entropy, as validation has it
-            total = total + settings.alignment_weight * (loss - alignment)
+            total = total + settings.ctc_weight * (loss - ctc)
         return Loss(
             total,
             found.tokens,
             found.correct,
-            alignment=alignment,
+            ctc=ctc,
             seconds=batch.seconds,
             positions=found.positions,
             padding=found.padding,
             flops=model.flops(found.positions - found.padding, found.tokens, encoded),
             rejected=batch.rejected,
         )
+
+    def _ctc_alone(self, spoken: Sequence[Tensor], batch: Batch) -> Loss:
+        """The loss of what says the transcripts by itself; wrong are the edits of its tokens."""
+        total, labels, said = self._ctc(spoken, batch)
+        units = sum(map(len, labels))
+        pairs = zip(labels, said, strict=True)
+        edits = sum(kaldialign.edit_distance(own, heard)["total"] for own, heard in pairs)
+        return Loss(
+            self.settings.ctc_weight * total,
+            units,
+            max(0, units - edits),
+            seconds=batch.seconds,
+            rejected=batch.rejected,
+        )
+
+    def _ctc(
+        self, spoken: Sequence[Tensor], batch: Batch
+    ) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+        """CTC loss () of the transcripts, summed; their tokens, and those that are said instead.
+
+        Augmentation may leave an utterance without room for its tokens, for once: no loss of it.
+        """
+        model = self.module
+        head = model.projector.ctc
+        assert head is not None
+        tokens = [model.transcript_tokens(text) for text in batch.texts]
+        pairs = zip(spoken, tokens, strict=True)
+        kept = [(one, own) for one, own in pairs if needed_embeddings(own) <= len(one)]
+        labels = [own for _, own in kept]
+        if not kept:
+            return spoken[0].sum() * 0, [], []
+        total, said = head.loss([one for one, _ in kept], labels)
+        return total, labels, said
 
     def _frames(self, batch: Batch) -> list[Tensor]:
         """Frames (T, D) of each utterance: from the cache, into which new ones go."""

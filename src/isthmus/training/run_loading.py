@@ -11,7 +11,15 @@ from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Experiment, Recipe, load_recipe
 from isthmus.training import checkpoint
-from isthmus.training.folder import BEST, CHECKPOINTS, PARTS, RECIPE, check_run, versions
+from isthmus.training.folder import (
+    BEST,
+    CHECKPOINTS,
+    PARTS,
+    RECIPE,
+    check_run,
+    local_run,
+    versions,
+)
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +49,23 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     model = recipe.build()
     checkpoint.load_weights(weights, model.trained_state())
     return model.to(choose_device()).eval(), recipe
+
+
+def begin_from(model: SpeechLLM, run: str) -> list[str]:
+    """Give a model the trained weights of another run; what was taken, and what is new, in words.
+
+    Raises IsthmusError where the run has what the model has not, or in another shape.
+    """
+    folder = local_run(run)
+    if folder is None:
+        raise IsthmusError(f"start_from: {run} is no run folder. Train that recipe first.")
+    check_run(folder)
+    recover_folder(folder / BEST)
+    state = model.trained_state()
+    stored = checkpoint.stored_names(folder / BEST)
+    checkpoint.load_weights(folder / BEST, {n: v for n, v in state.items() if n in stored})
+    new = sum(value.numel() for name, value in state.items() if name not in stored)
+    return [f"begins with the weights of {folder}; {new:,} parameters are new"]
 
 
 def stored_recipe(folder: Path) -> Recipe:

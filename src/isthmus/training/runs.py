@@ -35,7 +35,7 @@ from isthmus.training.language import LanguageTask
 from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
-from isthmus.training.run_loading import as_recorded, compare_sources
+from isthmus.training.run_loading import as_recorded, begin_from, compare_sources
 from isthmus.training.spelling import UNITS, keep_units, run_units
 
 DATA = "data.json"
@@ -265,6 +265,9 @@ def train(
         torch.manual_seed(recipe.seed)
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
+        if recipe.start_from is not None and not run.resumed:
+            for line in begin_from(model, recipe.start_from):
+                log.info(line)
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
