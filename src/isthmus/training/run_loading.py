@@ -51,10 +51,10 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     return model.to(choose_device()).eval(), recipe
 
 
-def begin_from(model: SpeechLLM, run: str) -> list[str]:
-    """Give a model the trained weights of another run; what was taken, and what is new, in words.
+def begin_from(model: SpeechLLM, run: str) -> str:
+    """Give a model the trained weights of another run, as far as both have them; that, in words.
 
-    Raises IsthmusError where the run has what the model has not, or in another shape.
+    Raises IsthmusError for weights of another shape, and where they share none.
     """
     folder = local_run(run)
     if folder is None:
@@ -62,10 +62,10 @@ def begin_from(model: SpeechLLM, run: str) -> list[str]:
     check_run(folder)
     recover_folder(folder / BEST)
     state = model.trained_state()
-    stored = checkpoint.stored_names(folder / BEST)
-    checkpoint.load_weights(folder / BEST, {n: v for n, v in state.items() if n in stored})
-    new = sum(value.numel() for name, value in state.items() if name not in stored)
-    return [f"begins with the weights of {folder}; {new:,} parameters are new"]
+    apart = checkpoint.load_shared(folder / BEST, state)
+    new = sum(value.numel() for name, value in state.items() if name in apart)
+    left = len(apart - state.keys())
+    return f"begins with {folder}: {new:,} parameters are new, {left} of its tensors not taken"
 
 
 def stored_recipe(folder: Path) -> Recipe:
