@@ -22,7 +22,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM
 
 SHARPNESS = 4.0  # scores of embeddings that are as long as the tokens', in the root of their width
-CHUNK_BYTES = 64 * 2**20  # scores at a time, counted in float32
+CHUNK_BYTES = 32 * 2**20  # scores at a time, counted in float32
 
 
 class TokenCTC(nn.Module):
@@ -146,13 +146,15 @@ class _LogSumExp(torch.autograd.Function):
         ctx: Any, rows: Tensor, table: Tensor, scale: float, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         totals, means, best = [], [], []
-        for part in rows.split(chunk):
-            scores = (part @ table.T).float() * scale
-            totals.append(scores.logsumexp(dim=1))
+        for part in (rows * scale).split(chunk):
+            scores = (part @ table.T).float()
             best.append(scores.max(dim=1))
+            largest = best[-1].values
+            likely = scores.sub_(largest[:, None]).exp_()  # in place: these are passes over much
+            total = likely.sum(dim=1)
+            totals.append(largest + total.log())
             if ctx.needs_input_grad[0]:
-                probs = (scores - totals[-1][:, None]).exp_()
-                means.append(probs.to(table.dtype) @ table)
+                means.append((likely.to(table.dtype) @ table) / total[:, None])
         if means:
             ctx.save_for_backward(torch.cat(means))
         ctx.scale = scale
@@ -164,4 +166,4 @@ class _LogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         (means,) = ctx.saved_tensors
-        return (gradient[:, None] * means.float() * ctx.scale).to(means.dtype), None, None, None
+        return gradient[:, None] * means * ctx.scale, None, None, None
