@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,19 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.errors import IsthmusError
+from isthmus.model.llm import LLMSettings
+from isthmus.model.parts import Source
 from isthmus.recipe import Recipe
 from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import speech_data
 from isthmus.training.loop import METRICS
 from isthmus.training.projector import SpeechTask
+from isthmus.training.run_loading import load_run, with_ears
 from isthmus.training.runs import SHAPING, Opening, train
 
 TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")
-SOFT = {"type": "ctc-posterior", "inner": {"type": "linear", "downsample_rate": 2, "hidden": 8}}
+INNER = {"type": "linear", "downsample_rate": 2, "hidden": 8}
+SOFT = {"type": "ctc-posterior", "inner": INNER}
 INSTRUCTIONS = ["Say it.", "Write down what is said.", ""]
 
 
@@ -281,3 +286,32 @@ def test_masks_on_features_are_for_a_conformer_that_is_trained(make: Make) -> No
         make(data={"spec_augment": {}})
     with pytest.raises(ValueError, match=r"data\.spec_augment.*tune frozen"):
         make("conformer", data={"spec_augment": {}})
+
+
+def test_another_runs_ears(make: Make, tmp_path: Path) -> None:
+    """Encoder and projector of one run before the language model of another."""
+    soft = {"projector": SOFT, "train": {"steps": 1, "ctc_weight": 1.0}}
+    lora = {**soft, "llm": {"tune": "lora"}}
+    train(make(**lora), tmp_path / "mind")
+    finer = {"projector": {**SOFT, "inner": {**INNER, "downsample_rate": 1}}}
+    train(make("whisper", **soft | finer).model_copy(update={"seed": 5}), tmp_path / "ears")
+    model, recipe = load_run(tmp_path / "mind")
+    heard = with_ears(model, recipe, tmp_path / "ears")
+    ears = load_file(tmp_path / "ears" / "best" / WEIGHTS)
+    mind = load_file(tmp_path / "mind" / "best" / WEIGHTS)
+    state = heard.trained_state()
+    assert any("lora" in name for name in state)
+    for name, value in state.items():
+        assert torch.equal(value, (mind if name.startswith("llm") else ears)[name])
+    assert heard.encoder.dim != model.encoder.dim
+    other = recipe.model_copy(update={"llm": OtherLLM.model_validate(recipe.llm.model_dump())})
+    with pytest.raises(IsthmusError, match="says the tokens of"):
+        with_ears(model, other, tmp_path / "ears")
+
+
+class OtherLLM(LLMSettings):
+    """The same, from other files."""
+
+    def sources(self) -> dict[str, Source]:
+        (own,) = super().sources().values()
+        return {"": replace(own, name="another", sha256={})}
