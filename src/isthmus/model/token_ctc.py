@@ -52,13 +52,18 @@ class TokenCTC(nn.Module):
         """The label of no token, V."""
         return len(_table(self.llm))
 
-    def log_probs(self, embeddings: Tensor) -> Tensor:
+    def log_probs(self, embeddings: Tensor, temperature: float = 1.0) -> Tensor:
         """Audio embeddings (..., E) to log-probabilities (..., V + 1), in float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
             table = _table(self.llm)
             tokens = (embeddings.to(table.dtype) @ table.T).float() * self.scale
             scores = torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1)
-            return scores.log_softmax(dim=-1)
+            return (scores / temperature if temperature != 1 else scores).log_softmax(dim=-1)
+
+    def scores(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
+        """Products, scaled, of embeddings (A, E) with some tokens each (A, C): (A, C), float32."""
+        own = _table(self.llm)[tokens].float()
+        return torch.einsum("ae,ace->ac", embeddings.float(), own) * self.scale
 
     def loss(
         self, audio: Sequence[Tensor], labels: Sequence[Sequence[int]]
