@@ -39,7 +39,8 @@ from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import CHAT_TEMPLATE, LLM, LLMSettings, character_tokenizer
 from isthmus.model.spelling import letter_tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub ...
+os.environ.setdefault("ISTHMUS_OFFLINE", "1")  # ... or an index, but those that are about it
 
 WIDTH = 16
 SIZES = {

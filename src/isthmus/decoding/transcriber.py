@@ -266,7 +266,7 @@ def load(
     align_model: str | None = None,
     **settings: Unpack[DecodeChanges],
 ) -> Transcriber:
-    """The transcriber of a run folder, or of the shipped tiny system (`default`).
+    """The transcriber of a run, `base` and `tiny` among them, or what reads best here (`default`).
 
     `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
     one. `align_model`: a CTC model that tells when words were said. Further arguments are those of
@@ -317,5 +317,5 @@ def _scorers(settings: DecodeSettings, tokenizer: Any, ngram: NGram | None) -> l
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run; `default` is the shipped one, `owner/name` one of the hub."""
+    """The folder of a run; `base`, `tiny` and `default` ship, `owner/name` is one of the hub."""
     return local_run(run) or download(str(run), None, RUN_FILES)
