@@ -16,7 +16,9 @@ from torch import Tensor
 
 from isthmus.decoding import inputs, recogniser
 from isthmus.decoding import transcriber as transcribing
+from isthmus.decoding.confidence import text_distance
 from isthmus.decoding.formats import as_srt, as_tsv
+from isthmus.decoding.pretrained import CTCRecogniser
 from isthmus.decoding.recogniser import Speech
 from isthmus.decoding.timestamps import load_ctc
 from isthmus.decoding.transcriber import DecodeChanges, Transcriber, load
@@ -189,6 +191,18 @@ def test_the_head_of_a_trained_encoder_is_left_alone(build: Build, waves: Waves)
     assert not transcriber.drafts
     with pytest.raises(IsthmusError, match=r"trained its encoder.*--align-model"):
         transcriber.transcribe(waves(16_000).numpy(), word_timestamps=True)
+
+
+@pytest.mark.parametrize("decode", [{"beam_size": 1}, {"ctc_weight": 0.3}, {}])
+def test_how_far_a_text_is_from_what_ctc_heard(
+    build: Build, waves: Waves, decode: dict[str, Any]
+) -> None:
+    transcriber, waveform = build(**decode), waves(16_000).numpy()
+    assert transcriber.ctc is not None
+    [segment] = transcriber.transcribe(waveform).segments
+    recogniser = CTCRecogniser(transcriber.ctc, DecodeSettings(gate="none"))
+    assert segment.ctc_distance == text_distance(segment.text, recogniser.transcribe(waveform).text)
+    assert build(encoder="whisper").transcribe(waveform).ctc_distance is None
 
 
 def test_settings_to_change_are_those_there_are() -> None:

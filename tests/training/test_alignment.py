@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from isthmus.training.alignment import BLANK, TEMPERATURE
 from torch import Tensor, nn
 
 from isthmus.model.encoder import FBankSettings
@@ -14,7 +15,6 @@ from isthmus.model.projector import LinearProjectorSettings
 from isthmus.model.prompt import BarePrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.training import alignment
-from isthmus.training.alignment import BLANK, TEMPERATURE
 
 LoadLLM = Callable[..., LLM]
 

@@ -1,8 +1,10 @@
-"""How sure the language model is of each word it wrote."""
+"""How sure the language model is of each word it wrote, and whether CTC heard the same."""
 
 import math
 from collections.abc import Sequence
 from typing import Any
+
+import kaldialign
 
 from isthmus.decoding.transcript import words_of
 
@@ -29,6 +31,16 @@ def word_confidences(
         inside = [p for start, end, p in spans if start < word.end() and end > word.start()]
         found.append((word.group(), math.exp(sum(inside))))
     return tuple(found)
+
+
+def text_distance(one: str, other: str) -> float:
+    """Share of letters that differ between two texts, 0 to 1: their edit distance over the longer.
+
+    Only letters and digits count, small and capital ones alike: heads of CTC know no others.
+    """
+    texts = [[letter for letter in text.casefold() if letter.isalnum()] for text in (one, other)]
+    longest = max(map(len, texts))
+    return kaldialign.edit_distance(*texts)["total"] / longest if longest else 0.0
 
 
 def _text(tokenizer: Any, tokens: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
 from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search
-from isthmus.decoding.confidence import word_confidences
+from isthmus.decoding.confidence import text_distance, word_confidences
 from isthmus.decoding.draft import draft_search
 from isthmus.decoding.fusion import Hotwords, NGram, NGramFusion, read_arpa
 from isthmus.decoding.joint import CANDIDATES, CTCPrefixScorer, CTCSpelling
@@ -131,10 +131,16 @@ class Transcriber(Recogniser):
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         frames = self._frames(speech)
+        heard = [self._ctc_log_probs(own) for own in frames] if self.ctc is not None else []
         segments = [
             self._segment(one, hypotheses)
-            for one, hypotheses in zip(speech, self._search(speech, frames), strict=True)
+            for one, hypotheses in zip(speech, self._search(speech, frames, heard), strict=True)
         ]
+        if self.ctc is not None:
+            segments = [
+                replace(one, ctc_distance=text_distance(one.text, self._ctc_text(own)))
+                for one, own in zip(segments, heard, strict=True)
+            ]
         if not words:
             return segments
         known = self.aligner is self.ctc
@@ -143,7 +149,10 @@ class Transcriber(Recogniser):
             for one, own, segment in zip(speech, frames, segments, strict=True)
         ]
 
-    def _search(self, speech: Sequence[Speech], frames: Sequence[Tensor]) -> list[list[Hypothesis]]:
+    def _search(
+        self, speech: Sequence[Speech], frames: Sequence[Tensor], heard: Sequence[Tensor]
+    ) -> list[list[Hypothesis]]:
+        """`heard` are the log-probabilities (T, V) of the CTC head, if there is one."""
         model, settings = self.model, self.settings
         groups = [[one] for one in frames] if settings.strict else [list(frames)]
         audio = [embeddings for group in groups for embeddings in model.project(group)]
@@ -156,7 +165,7 @@ class Transcriber(Recogniser):
             return draft_search(
                 model.llm,
                 prompts,
-                [self._draft(own) for own in frames],
+                [model.transcript_tokens(self._ctc_text(own)) for own in heard],
                 limits,
                 self.ends,
                 length_penalty=settings.length_penalty,
@@ -164,7 +173,6 @@ class Transcriber(Recogniser):
             )
         scorers = self.scorers
         if self.joint is not None:
-            heard = [self._ctc_log_probs(own) for own in frames]
             scorers = [*scorers, CTCPrefixScorer(self.joint, heard, settings.ctc_weight)]
         return beam_search(
             model.llm,
@@ -177,12 +185,11 @@ class Transcriber(Recogniser):
             scorers=scorers,
         )
 
-    def _draft(self, frames: Tensor) -> list[int]:
-        """What the encoder's CTC head reads in frames (T, D), in tokens of the LLM."""
+    def _ctc_text(self, log_probs: Tensor) -> str:
+        """What the encoder's CTC head reads, from its log-probabilities (T, V)."""
         assert self.ctc is not None
-        length = torch.tensor([len(frames)])
-        (text,) = self.ctc.greedy(self._ctc_log_probs(frames)[None], length)
-        return self.model.transcript_tokens(text)
+        (text,) = self.ctc.greedy(log_probs[None], torch.tensor([len(log_probs)]))
+        return text
 
     def _ctc_log_probs(self, frames: Tensor) -> Tensor:
         """Log-probabilities (T, V) of the units of the encoder's CTC head in frames (T, D)."""

@@ -72,6 +72,9 @@ class Segment:
     words: tuple[Word, ...] = ()  # with word timestamps only
     alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
     confidences: tuple[float, ...] = ()  # of its words (words_of), 0 to 1
+    ctc_distance: float | None = (
+        None  # from what the CTC head heard, 0 to 1
+    )
 
     def shifted(self, seconds: float) -> "Segment":
         """The same, that much later."""
@@ -115,6 +118,14 @@ class Transcript:
         """Geometric mean of the tokens' probabilities, 0 to 1; 1 where nothing was heard."""
         found = [value for segment in self.segments for value in segment.token_log_probs]
         return math.exp(sum(found) / len(found)) if found else 1.0
+
+    @property
+    def ctc_distance(self) -> float | None:
+        """Mean over time of the segments' own, of those that have one; None if there is none."""
+        pairs = [(s.ctc_distance, s.end - s.start) for s in self.segments]
+        known = [(distance, seconds) for distance, seconds in pairs if distance is not None]
+        total = sum(seconds for _, seconds in known)
+        return sum(one * seconds for one, seconds in known) / total if total else None
 
     @property
     def score(self) -> float:
