@@ -13,7 +13,7 @@ from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
 from isthmus.model import fetch
 from isthmus.speech.synthesis import Voice, speak
-from isthmus.training.folder import BASE, SHIPPED_RUNS, TINY, default_system, local_run
+from isthmus.training.folder import BASE, SHIPPED_RUNS, TINY, default_system, local_run, local_system
 
 Isthmus = Callable[..., tuple[int, str, str]]
 
@@ -115,3 +115,9 @@ def test_parts_of_another_version_are_refused_with_the_difference(base: Path) ->
     assert "0" * 64 in str(raised.value)
     assert now in str(raised.value)
     assert "model.safetensors" not in str(raised.value)
+
+
+def test_a_run_that_went_on_from_another_is_no_pretraining(base: Path) -> None:
+    with (base / "recipe.yaml").open("a") as recipe:
+        recipe.write("start_from: tiny\n")
+    assert local_system(base) == base
