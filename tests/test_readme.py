@@ -218,8 +218,8 @@ def settings(model: type[BaseModel], prefix: str = "", tag: object = None) -> It
             yield key, REQUIRED
         elif not field.is_required() and not isinstance(default, BaseModel):
             yield key, json.dumps(default)
-        # data.dev is written as data.train, an encoder of two as one
-        if key not in ("data.dev", "encoder.first", "encoder.second"):
+        # data.dev is written as data.train, an encoder of two as one, a projector within as one
+        if key not in ("data.dev", "encoder.first", "encoder.second", "projector.inner"):
             for part in below:
                 yield from settings(part, f"{key}.", field.discriminator)
 

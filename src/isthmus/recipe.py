@@ -27,7 +27,7 @@ from isthmus.model.llm import (
     character_tokenizer,
 )
 from isthmus.model.parts import SHIPPED, PartSettings, Source, Tune, freeze, resolve, source
-from isthmus.model.projector import LinearProjectorSettings, ProjectorSettings
+from isthmus.model.projector import LinearProjectorSettings, Projector, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.qformer import QFormerSettings
 from isthmus.model.quantise import quantise
@@ -98,12 +98,9 @@ class Recipe(Experiment):
         encoder = self.build_encoder()
         self.projector.check(encoder, self.encoder)
         llm = self.build_llm()
-        projector = self.projector.build(encoder, llm)
-        if self.train.ctc_weight and projector.ctc is None:
-            projector.ctc = TokenCTC(llm)
         model = SpeechLLM(
             encoder,
-            projector,
+            self.build_projector(encoder, llm),
             llm,
             self.prompt,
             {"encoder": self.encoder.tune, "llm": self.llm.tune},
@@ -116,6 +113,13 @@ class Recipe(Experiment):
         encoder = self.encoder.build()
         encoder.store(getattr(torch, self.weight_precision(self.encoder.tune)))
         return encoder
+
+    def build_projector(self, encoder: Encoder, llm: LLM) -> Projector:
+        """The projector between the two, random, with the CTC head that is trained beside it."""
+        projector = self.projector.build(encoder, llm)
+        if self.train.ctc_weight and projector.ctc is None:
+            projector.ctc = TokenCTC(llm)
+        return projector
 
     def build_llm(self) -> LLM:
         """The language model alone, its weights as training holds them."""

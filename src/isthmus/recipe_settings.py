@@ -232,7 +232,7 @@ class DecodeSettings(RecogniserSettings):
     early_stopping: bool = False
     """Stop as soon as there are `beam_size` finished hypotheses."""
     drafts: bool = True
-    """With beam_size 1: the encoder's CTC head, if it has one, writes what the LLM then checks."""
+    """With beam_size 1: a CTC head, if there is one, writes what the LLM then checks."""
     strict: bool = False
     """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
     deadline: float | None = Field(None, gt=0)
@@ -245,7 +245,9 @@ class DecodeSettings(RecogniserSettings):
     """An n-gram language model, a file in ARPA format (.gz too), that has a say in the search."""
     ngram_weight: float = Field(0.3, ge=0)
     ctc_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """How much of a say the encoder's CTC head has in the search; 0 is none."""
+    """How much of a say a CTC head (the encoder's, or the projector's) has; 0 is none."""
+    ctc_delay: float | None = Field(None, allow_inf_nan=False)
+    """Seconds that the labels of that head come late, for word times; its type's own unless set."""
     nbest: int = Field(1, ge=1)
     """Hypotheses to write, the best among them; at most beam_size."""
     instruction: str | None = None

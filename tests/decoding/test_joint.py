@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +17,12 @@ from transformers import PreTrainedTokenizerFast
 
 from isthmus.decoding import joint as module
 from isthmus.decoding.beam import SearchOptions, beam_search
-from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, CTCSpelling
+from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, TextSpelling
 from isthmus.decoding.recogniser import Speech
-from isthmus.decoding.timestamps import FLOOR, CTCModel
+from isthmus.decoding.timestamps import FLOOR
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.errors import IsthmusError
+from isthmus.model.ctc_head import CTCHead, TransformersHead
 from isthmus.model.llm import LLM, character_tokenizer
 from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import Recipe, change_settings
@@ -76,16 +76,25 @@ def posteriors(num_frames: int, num_units: int = 5, seed: int = 0) -> Tensor:
     return (2 * torch.randn(num_frames, num_units, generator=generator)).double().log_softmax(dim=1)
 
 
-def spelling(tokenizer: Any, units: Any = LETTERS) -> CTCSpelling:
-    ctc = SimpleNamespace(tokenizer=units, blank=units.pad_token_id)
-    return CTCSpelling(tokenizer, cast(CTCModel, ctc))
+def head_of(units: Any) -> CTCHead:
+    """A head with these units; nothing is asked but how they spell."""
+    return TransformersHead(torch.nn.Identity(), units.pad_token_id, 50.0, units)
+
+
+def spelling(tokenizer: Any, units: Any = LETTERS) -> TextSpelling:
+    return TextSpelling(tokenizer, head_of(units))
+
+
+def encoded(scorer: CTCPrefixScorer, text: str) -> list[int]:
+    assert isinstance(scorer.spelling, TextSpelling)
+    return scorer.spelling.encode(text)
 
 
 def said(scorer: CTCPrefixScorer, text: str, utterance: int = 0) -> tuple[float, float]:
     """What a scorer adds in all, asked as the search asks: before the end, and with it."""
     added, states = 0.0, [scorer.start(utterance)]
     other = scorer.start(utterance)  # a hypothesis beside it
-    for token in scorer.spelling.encode(text):
+    for token in encoded(scorer, text):
         asked = torch.tensor([[token, 3, token], [4, token, 3]])
         added += float(scorer.score([*states, other], asked)[0, 2])
         states = scorer.extend([*states, other], [token, 5])[:1]
@@ -141,9 +150,9 @@ def test_beginnings_share_what_their_beginning_has() -> None:
     for text in ("", "a", "ab", "a b"):
         # no text asks for the unknown unit, but CTC may spell it
         state = scorer.start(0)
-        for token in scorer.spelling.encode(text):
+        for token in encoded(scorer, text):
             [state] = scorer.extend([state], [token])
-        following = [module.Step((unit,), 0, False) for unit in range(1, 5)]
+        following = [module.Step((unit,)) for unit in range(1, 5)]
         shares = scorer._prefixes([state] * 4, following).exp().sum()
         whole = (scorer.finish([state]) + state.prefix).exp()
         assert float(shares + whole) == pytest.approx(math.exp(state.prefix), rel=1e-9)

@@ -80,6 +80,22 @@ def test_loss_and_gradients_are_those_of_all_labels(
     assert said == [ctc.collapsed(ctc.log_probs(own).argmax(dim=-1)) for own in audio]
 
 
+def test_a_sample_stands_for_all_tokens(
+    llm: LLM, ctc: TokenCTC, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On average, and in training alone; the batch's own tokens are always among them."""
+    audio = [own.detach() / 10 for own in rows(llm)]
+    exact, _ = ctc.loss(audio, LABELS)
+    monkeypatch.setattr(token_ctc, "SAMPLED", 16)
+    assert ctc.blank > 16 + len({token for own in LABELS for token in own})
+    ctc.train()
+    torch.manual_seed(0)
+    found = torch.stack([ctc.loss(audio, LABELS)[0] for _ in range(300)]).detach()
+    assert found.std() > 0
+    torch.testing.assert_close(found.mean(), exact.detach(), rtol=5e-3, atol=0.0)
+    assert torch.equal(ctc.eval().loss(audio, LABELS)[0], exact)
+
+
 def test_gradient_by_hand(llm: LLM, ctc: TokenCTC) -> None:
     """One embedding, one token: minus its score, plus the mean of all by their probabilities."""
     audio = rows(llm)[0][:1].detach().requires_grad_()

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,22 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from safetensors.torch import load_file
 
 from isthmus.errors import IsthmusError
+from isthmus.model.llm import LLMSettings
+from isthmus.model.parts import Source
 from isthmus.recipe import Recipe
 from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import speech_data
 from isthmus.training.loop import METRICS
 from isthmus.training.projector import SpeechTask
+from isthmus.training.run_loading import load_run, with_ears
 from isthmus.training.runs import SHAPING, Opening, train
 
 TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")
+INNER = {"type": "linear", "downsample_rate": 2, "hidden": 8}
+SOFT = {"type": "ctc-posterior", "inner": INNER}
 INSTRUCTIONS = ["Say it.", "Write down what is said.", ""]
 
 
@@ -37,7 +44,7 @@ def make(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., R
         path = {} if kind == "fbank" else {"path": str(model_folder(kind))}
         plain: dict[str, dict[str, Any]] = {
             "encoder": {"type": kind, **path},
-            "projector": {"downsample_rate": 10, "hidden": 8},
+            "projector": {"downsample_rate": 2, "hidden": 8},
             "llm": {"path": str(model_folder("llama"))},
             "prompt": {"template": "paper", "instruction": INSTRUCTIONS},
             "data": {"train": [str(tmp_path / "all.jsonl")], "dev": [str(tmp_path / "all.jsonl")]},
@@ -45,7 +52,7 @@ def make(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., R
             | {"eval_every": 5, "save_every": 1},
         }
         for name, values in changes.items():
-            plain[name] = {**plain[name], **values}
+            plain[name] = values if "type" in values else {**plain[name], **values}
         return Recipe.model_validate({"name": "random", **plain})
 
     return recipe
@@ -95,11 +102,12 @@ def test_only_the_languages_that_are_named(make: Make) -> None:
 @pytest.mark.parametrize(
     ("encoder", "changes"),
     [
-        ("fbank", {"train": {"text_masking": 0.4, "alignment_weight": 0.2}}),
+        ("fbank", {"train": {"text_masking": 0.4, "ctc_weight": 0.2}}),
+        ("fbank", {"train": {"ctc_weight": 1.0, "llm_weight": 0.0}, "projector": SOFT}),
         ("fbank", {"data": {"language_temperature": 4.0}, "train": {"packing": False}}),
         ("conformer", {"encoder": {"tune": "full"}, "data": {"spec_augment": {}}}),
     ],
-    ids=["masking", "languages", "spec-augment"],
+    ids=["masking", "ctc", "languages", "spec-augment"],
 )
 def test_resume_is_exact(
     encoder: str, changes: dict[str, dict[str, Any]], make: Make, tmp_path: Path
@@ -147,7 +155,7 @@ def test_keys_that_say_which_weights_are_trained(key: str, shaping: bool) -> Non
 
 
 def numbers(folder: Path) -> list[dict[str, float]]:
-    kept = ("loss", "accuracy", "alignment_loss", "units", "dev_loss", "gradient_norm")
+    kept = ("loss", "accuracy", "ctc_loss", "units", "dev_loss", "gradient_norm")
     lines = [json.loads(line) for line in (folder / METRICS).read_text().splitlines()]
     found = [{key: line[key] for key in kept if key in line} for line in lines]
     for line in found[:-1]:
@@ -155,30 +163,73 @@ def numbers(folder: Path) -> list[dict[str, float]]:
     return found
 
 
-def test_the_alignment_loss_stands_apart(make: Make, tmp_path: Path) -> None:
+def test_the_ctc_loss_stands_apart(make: Make, tmp_path: Path) -> None:
     with_it, without = (
-        train(make(train={"alignment_weight": weight, "steps": 1}), tmp_path / str(weight))
+        train(make(train={"ctc_weight": weight, "steps": 1}), tmp_path / str(weight))
         and json.loads((tmp_path / str(weight) / METRICS).read_text())
         for weight in (0.5, 0.0)
     )
-    assert "alignment_loss" not in without
-    assert with_it["alignment_loss"] > 0
+    assert "ctc_loss" not in without
+    assert with_it["ctc_loss"] > 0
     assert with_it["loss"] == without["loss"]  # the transcripts' cross-entropy, as dev_loss is
     assert with_it["gradient_norm"] != without["gradient_norm"]
     assert with_it["dev_loss"] != without["dev_loss"]  # another step was made
 
 
-def test_the_gradient_is_that_of_both_losses(make: Make) -> None:
-    def gradient(weight: float) -> torch.Tensor:
-        task = task_of(make(train={"alignment_weight": weight}))
+@pytest.mark.parametrize("projector", [{}, SOFT], ids=["linear", "ctc-posterior"])
+def test_the_gradient_is_that_of_both_losses(projector: dict[str, Any], make: Make) -> None:
+    def gradient(llm: float, ctc: float) -> torch.Tensor:
+        weights = {"llm_weight": llm, "ctc_weight": ctc}
+        task = task_of(make(train=weights, projector=projector))
         task.module.train()
         found = task.loss(task.load([(0,), (5,)], 0))
-        values = list(task.trainable().values())
+        values = [one for name, one in task.trainable().items() if "blank" not in name]
         return torch.cat([one.flatten() for one in torch.autograd.grad(found.total, values)])
 
-    without, half, whole = map(gradient, (0.0, 0.5, 1.0))
-    assert (whole - without).norm() > 1e-3
-    torch.testing.assert_close(half - without, (whole - without) / 2, atol=1e-4, rtol=1e-3)
+    llm, ctc = gradient(1.0, 0.0), gradient(0.0, 1.0)
+    assert llm.norm() > 1e-3
+    assert ctc.norm() > 1e-3
+    torch.testing.assert_close(gradient(0.5, 2.0), llm / 2 + 2 * ctc, atol=1e-4, rtol=1e-3)
+
+
+def test_the_llm_does_not_run_for_ctc_alone(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = task_of(make(train={"llm_weight": 0.0, "ctc_weight": 1.0}))
+
+    def run(*given: Any, **named: Any) -> None:
+        raise AssertionError("the LLM ran")
+
+    monkeypatch.setattr(task.module, "transcript_loss", run)
+    found = task.loss(task.load([(0,), (5,)], 0))
+    assert found.units == sum(
+        len(task.module.transcript_tokens(text)) for text in task.load([(0,), (5,)], 0).texts
+    )
+    assert found.total.item() > 0
+
+
+def test_an_utterance_without_room_for_its_tokens_is_left_out_and_counted(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    short = {"projector": {"downsample_rate": 40}, "data": {"max_bad_fraction": 1.0}}
+    everything = task_of(make(**short)).train.cuts
+    kept = task_of(make(train={"ctc_weight": 1.0}, **short)).train.cuts
+    assert len(kept) < len(everything)
+    assert "embeddings for CTC" in caplog.text
+
+
+def test_a_run_begins_with_another(make: Make, tmp_path: Path) -> None:
+    train(make(train={"steps": 2, "ctc_weight": 1.0, "llm_weight": 0.0}), tmp_path / "ears")
+    second = make(train={"ctc_weight": 0.5, "steps": 1, "learning_rate": 1e-30})
+    begun = second.model_copy(update={"start_from": str(tmp_path / "ears")})
+    train(begun, tmp_path / "run")
+    ears, run = (load_file(tmp_path / name / "best" / WEIGHTS) for name in ("ears", "run"))
+    assert ears.keys() == run.keys()
+    assert all(torch.equal(ears[name], run[name]) for name in ears)
+    other = make(projector={"hidden": 4}, train={"steps": 1})
+    with pytest.raises(IsthmusError, match="projector.linear1"):
+        train(other.model_copy(update={"start_from": str(tmp_path / "ears")}), tmp_path / "other")
+    with pytest.raises(IsthmusError, match="No run folder .nowhere"):
+        train(other.model_copy(update={"start_from": "nowhere"}), tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(("encoder", "seconds"), [("whisper", 60.0), ("conformer", 0.4 + 1.4)])
@@ -212,7 +263,8 @@ def test_prompts_are_drawn_anew_each_epoch_but_not_in_validation(make: Make) -> 
             "train.text_masking names 'german'.*in: en, pl",
         ),
         ({"text_masking": 1.0}, "text_masking.*less than 1"),
-        ({"alignment_weight": -1}, "alignment_weight.*greater than or equal to 0"),
+        ({"ctc_weight": -1}, "ctc_weight.*greater than or equal to 0"),
+        ({"llm_weight": 0}, "llm_weight.*ctc_weight"),
     ],
 )
 def test_faults_are_said(changes: dict[str, Any], message: str, make: Make) -> None:
@@ -234,3 +286,32 @@ def test_masks_on_features_are_for_a_conformer_that_is_trained(make: Make) -> No
         make(data={"spec_augment": {}})
     with pytest.raises(ValueError, match=r"data\.spec_augment.*tune frozen"):
         make("conformer", data={"spec_augment": {}})
+
+
+def test_another_runs_ears(make: Make, tmp_path: Path) -> None:
+    """Encoder and projector of one run before the language model of another."""
+    soft = {"projector": SOFT, "train": {"steps": 1, "ctc_weight": 1.0}}
+    lora = {**soft, "llm": {"tune": "lora"}}
+    train(make(**lora), tmp_path / "mind")
+    finer = {"projector": {**SOFT, "inner": {**INNER, "downsample_rate": 1}}}
+    train(make("whisper", **soft | finer).model_copy(update={"seed": 5}), tmp_path / "ears")
+    model, recipe = load_run(tmp_path / "mind")
+    heard = with_ears(model, recipe, tmp_path / "ears")
+    ears = load_file(tmp_path / "ears" / "best" / WEIGHTS)
+    mind = load_file(tmp_path / "mind" / "best" / WEIGHTS)
+    state = heard.trained_state()
+    assert any("lora" in name for name in state)
+    for name, value in state.items():
+        assert torch.equal(value, (mind if name.startswith("llm") else ears)[name])
+    assert heard.encoder.dim != model.encoder.dim
+    other = recipe.model_copy(update={"llm": OtherLLM.model_validate(recipe.llm.model_dump())})
+    with pytest.raises(IsthmusError, match="says the tokens of"):
+        with_ears(model, other, tmp_path / "ears")
+
+
+class OtherLLM(LLMSettings):
+    """The same, from other files."""
+
+    def sources(self) -> dict[str, Source]:
+        (own,) = super().sources().values()
+        return {"": replace(own, name="another", sha256={})}

@@ -72,9 +72,7 @@ class Segment:
     words: tuple[Word, ...] = ()  # with word timestamps only
     alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
     confidences: tuple[float, ...] = ()  # of its words (words_of), 0 to 1
-    ctc_distance: float | None = (
-        None  # from what the CTC head heard, 0 to 1
-    )
+    ctc_distance: float | None = None  # from what the CTC head heard, 0 to 1
 
     def shifted(self, seconds: float) -> "Segment":
         """The same, that much later."""

@@ -21,8 +21,9 @@ from torch.autograd.function import once_differentiable
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM
 
+SAMPLED = 4096  # tokens that stand for all that no transcript of a training batch has
 SHARPNESS = 4.0  # scores of embeddings that are as long as the tokens', in the root of their width
-CHUNK_BYTES = 64 * 2**20  # scores at a time, counted in float32
+CHUNK_BYTES = 32 * 2**20  # scores at a time, counted in float32
 
 
 class TokenCTC(nn.Module):
@@ -60,16 +61,20 @@ class TokenCTC(nn.Module):
 
         And the tokens that it says by best path. Every utterance must have room for its tokens
         (`needed_embeddings`). Only the scores of the batch's own labels are ever held whole; all
-        others enter through their sum, a chunk at a time.
+        others enter through their sum, a chunk at a time. In training SAMPLED of the others stand
+        for all of them, drawn anew for each batch by torch's generator.
         """
         rows = torch.cat(list(audio))  # (N, E)
         with torch.autocast(rows.device.type, enabled=False):
             table = _table(self.llm)
             blank = self._blank(rows)
-            total, best, token = _log_sum_exp(rows.to(table.dtype), table, self.scale)
-            path = torch.where(best > blank, token, self.blank)
-            normaliser = torch.logaddexp(total, blank)
             used = sorted({token for own in labels for token in own})
+            chosen, weight = self._choice(used)
+            total, best, token = _log_sum_exp(
+                rows.to(table.dtype), table[chosen.to(rows.device)], self.scale, weight.log()
+            )
+            path = torch.where(best > blank, chosen.to(token.device)[token], self.blank)
+            normaliser = torch.logaddexp(total, blank)
             own = table[torch.tensor(used, device=rows.device, dtype=torch.long)]  # (K, E)
             scores = (rows.to(table.dtype) @ own.T).float() * self.scale
             log_probs = torch.cat([blank[:, None], scores], dim=1) - normaliser[:, None]
@@ -78,6 +83,21 @@ class TokenCTC(nn.Module):
             lengths = [len(one) for one in audio]
             said = [self.collapsed(own) for own in path.split(lengths)]
             return _restricted_ctc(log_probs.split(lengths), targets), said
+
+    def _choice(self, used: list[int]) -> tuple[Tensor, Tensor]:
+        """The tokens (C,) to sum over, and for how many each stands (C,): all, each for itself.
+
+        In training those used and a sample of the others, which stands for all of them.
+        """
+        others = torch.ones(self.blank, dtype=torch.bool)
+        others[used] = False
+        count = self.blank - len(used)
+        if not self.training or count <= SAMPLED:
+            return torch.arange(self.blank), torch.ones(self.blank)
+        sample = others.nonzero()[:, 0][torch.randperm(count)[:SAMPLED]]
+        weight = torch.ones(len(used) + SAMPLED)
+        weight[len(used) :] = count / SAMPLED
+        return torch.cat([torch.tensor(used, dtype=torch.long), sample]), weight
 
     def collapsed(self, path: Tensor) -> list[int]:
         """The tokens that a path (A,) of labels says: repeats joined, blanks dropped."""
@@ -128,13 +148,16 @@ def _restricted_ctc(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]
     return value.detach() - torch.stack(said).sum()
 
 
-def _log_sum_exp(rows: Tensor, table: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Logarithm (N,) of the sum over tokens of exp(scale * rows @ table.T), in float32.
+def _log_sum_exp(
+    rows: Tensor, table: Tensor, scale: float, offset: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Logarithm (N,) of the sum over tokens of exp(scale * rows @ table.T + offset), in float32.
 
-    And the largest exponent (N,), and whose it is (N,).
+    And the largest product with a token (N,), scaled, and whose it is (N,).
     """
     apply: Any = _LogSumExp.apply
-    total, best, token = apply(rows, table, scale, max(1, CHUNK_BYTES // (4 * len(table))))
+    chunk = max(1, CHUNK_BYTES // (4 * len(table)))
+    total, best, token = apply(rows, table, scale, offset.to(rows.device), chunk)
     return total, best, token
 
 
@@ -143,16 +166,18 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, table: Tensor, scale: float, chunk: int
+        ctx: Any, rows: Tensor, table: Tensor, scale: float, offset: Tensor, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         totals, means, best = [], [], []
-        for part in rows.split(chunk):
-            scores = (part @ table.T).float() * scale
-            totals.append(scores.logsumexp(dim=1))
+        for part in (rows * scale).split(chunk):
+            scores = (part @ table.T).float()
             best.append(scores.max(dim=1))
+            largest = best[-1].values
+            likely = scores.sub_(largest[:, None]).add_(offset).exp_()  # in place: these are passes over much
+            total = likely.sum(dim=1)
+            totals.append(largest + total.log())
             if ctx.needs_input_grad[0]:
-                probs = (scores - totals[-1][:, None]).exp_()
-                means.append(probs.to(table.dtype) @ table)
+                means.append((likely.to(table.dtype) @ table) / total[:, None])
         if means:
             ctx.save_for_backward(torch.cat(means))
         ctx.scale = scale
@@ -164,4 +189,4 @@ class _LogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         (means,) = ctx.saved_tensors
-        return (gradient[:, None] * means.float() * ctx.scale).to(means.dtype), None, None, None
+        return gradient[:, None] * means * ctx.scale, None, None, None, None

@@ -107,22 +107,42 @@ def optimiser_state(
     return tensors
 
 
-def stored_names(folder: Path) -> set[str]:
-    """Of the tensors of a verified checkpoint."""
+def load_shared(folder: Path, state: Mapping[str, Tensor]) -> set[str]:
+    """Read what a verified checkpoint and `state` both have; the names that only one of them has.
+
+    Raises IsthmusError for another shape, and where they share nothing.
+    """
     verify_folder(folder)
     with safe_open(folder / WEIGHTS, framework="pt") as stored:
-        return set(stored.keys())
+        names = set(stored.keys())
+    shared = {name: value for name, value in state.items() if name in names}
+    if not shared:
+        raise IsthmusError(f"{folder} has no weight of this model. Start from another run.")
+    _load(folder, shared)
+    return names ^ state.keys()
 
 
 def load_weights(folder: Path, state: Mapping[str, Tensor]) -> Progress:
     """Read a verified checkpoint's tensors into `state`; names and shapes must agree."""
     verify_folder(folder)
-    stored = load_file(folder / WEIGHTS)
-    if stored.keys() != state.keys():
+    with safe_open(folder / WEIGHTS, framework="pt") as stored:
         different = sorted(stored.keys() ^ state.keys())
+    if different:
         raise IsthmusError(
             f"{folder} belongs to another model: they differ in {', '.join(different[:5])}."
         )
+    _load(folder, state)
+    try:
+        return Progress(**read_json(folder / STATE))
+    except TypeError as error:
+        raise IsthmusError(
+            f"{folder} was written by another version of isthmus: {error}."
+        ) from error
+
+
+def _load(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Read tensors of a checkpoint, which has all of these, if their shapes agree."""
+    stored = load_file(folder / WEIGHTS)
     for name, value in state.items():
         if stored[name].shape != value.shape:
             raise IsthmusError(
@@ -133,12 +153,6 @@ def load_weights(folder: Path, state: Mapping[str, Tensor]) -> Progress:
     with torch.no_grad():
         for name, value in state.items():
             value.copy_(stored[name])
-    try:
-        return Progress(**read_json(folder / STATE))
-    except TypeError as error:
-        raise IsthmusError(
-            f"{folder} was written by another version of isthmus: {error}."
-        ) from error
 
 
 def restore(

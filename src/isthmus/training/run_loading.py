@@ -7,7 +7,7 @@ from typing import Any
 
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import choose_device
+from isthmus.model.parts import Tune, choose_device
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Experiment, Recipe, load_recipe
 from isthmus.training import checkpoint
@@ -60,10 +60,10 @@ def trained_weights(folder: Path) -> Path:
     return newest
 
 
-def begin_from(model: SpeechLLM, run: str) -> list[str]:
-    """Give a model the trained weights of another run; what was taken, and what is new, in words.
+def begin_from(model: SpeechLLM, run: str) -> str:
+    """Give a model the trained weights of another run, as far as both have them; that, in words.
 
-    Raises IsthmusError where the run has what the model has not, or in another shape.
+    Raises IsthmusError for weights of another shape, and where they share none.
     """
     folder = local_run(run)
     if folder is None:
@@ -71,10 +71,36 @@ def begin_from(model: SpeechLLM, run: str) -> list[str]:
     check_run(folder)
     recover_folder(folder / BEST)
     state = model.trained_state()
-    stored = checkpoint.stored_names(folder / BEST)
-    checkpoint.load_weights(folder / BEST, {n: v for n, v in state.items() if n in stored})
-    new = sum(value.numel() for name, value in state.items() if name not in stored)
-    return [f"begins with the weights of {folder}; {new:,} parameters are new"]
+    apart = checkpoint.load_shared(folder / BEST, state)
+    new = sum(value.numel() for name, value in state.items() if name in apart)
+    left = len(apart - state.keys())
+    return f"begins with {folder}: {new:,} parameters are new, {left} of its tensors not taken"
+
+
+def with_ears(model: SpeechLLM, recipe: Recipe, ears: Path) -> SpeechLLM:
+    """A run's language model behind the encoder and the projector of another run, `ears`.
+
+    What one language model learnt to read, another encoder's projector can say, where both are
+    soft tokens (LegoSLM, arXiv 2505.11352). Raises IsthmusError where the ears were made for
+    another language model.
+    """
+    check_run(ears)
+    recover_folder(ears / BEST)
+    heard = as_recorded(stored_recipe(ears), ears)
+    compare_sources(heard, ears)
+    own, other = recipe.llm.sources()[""], heard.llm.sources()[""]
+    if own.sha256 != other.sha256:
+        raise IsthmusError(
+            f"{ears} says the tokens of {other.name}, and the language model of the run that is "
+            f"to listen is {own.name}. Take ears that were trained for that one."
+        )
+    encoder = heard.build_encoder()
+    projector = heard.build_projector(encoder, model.llm)
+    tune: dict[str, Tune] = {**model.tune, "encoder": heard.encoder.tune}
+    found = SpeechLLM(encoder, projector, model.llm, model.prompt, tune)
+    state = found.trained_state()
+    checkpoint.load_shared(ears / BEST, {n: v for n, v in state.items() if not n.startswith("llm")})
+    return found.to(choose_device()).eval()
 
 
 def stored_recipe(folder: Path) -> Recipe:

@@ -266,8 +266,7 @@ def train(
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
         if recipe.start_from is not None and not run.resumed:
-            for line in begin_from(model, recipe.start_from):
-                log.info(line)
+            log.info(begin_from(model, recipe.start_from))
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:

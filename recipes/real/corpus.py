@@ -1,0 +1,155 @@
+"""Makes the corpora of the recipes here: sentences spoken by a natural voice, and real speech joined.
+
+    pip install hibari-tts  # Apache-2.0: one voice, a hundred times as fast as it speaks
+    python recipes/real/corpus.py SENTENCES.txt $ISTHMUS_SPOKEN
+
+SENTENCES has one a line. Left out are those that share six words in a row with a text of the dev and
+test manifests in $ISTHMUS_SPEECH, and those with digits. The one voice becomes many: it is played at
+other speeds, in rooms, through bands and under noise. Whisper takes 30 s however short an utterance
+is, so utterances of one speaker are joined to about as much: OUT/spoken and OUT/joined.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import soxr
+
+from isthmus.speech.audio import SAMPLE_RATE, load_audio
+from isthmus.speech.augment import Augmentation
+
+Line = dict[str, Any]
+SHARED_WORDS = 6
+LONGEST = 29.0  # seconds
+PAUSE = (0.05, 0.5)  # seconds between utterances that are joined
+VOICES = Augmentation.model_validate(
+    {
+        "speed": {"factors": [0.8, 1.25]},
+        "reverb": {},
+        "equaliser": {},
+        "noise": {"snr": [8, 35]},
+        "gain": {},
+        "telephone": {},
+    }
+)
+FOLDERS = ("en_speechocean", "en_barista", "en_kathleen", "en_librispeech", "en_recordings")
+FOLDERS += ("en_asterisk", "en_keywords", "en_speech_commands", "en_digits", "en_alphanumeric")
+
+
+def plain(text: str) -> str:
+    """Lower case without punctuation but apostrophes, as transcripts are written here."""
+    return " ".join(re.sub(r"[^\w' ]", " ", text.lower().replace("’", "'")).split())
+
+
+def runs(text: str) -> set[tuple[str, ...]]:
+    """All runs of SHARED_WORDS words of a plain text."""
+    words = text.split()
+    return {tuple(words[i : i + SHARED_WORDS]) for i in range(len(words) - SHARED_WORDS + 1)}
+
+
+def usable(sentences: Iterable[str], held_out: Iterable[str]) -> list[str]:
+    """Sentences without digits that share no run of words with the texts held out."""
+    taken = set().union(*(runs(plain(text)) for text in held_out))
+    return [
+        one
+        for one in sentences
+        if plain(one) and not re.search(r"\d", one) and not runs(plain(one)) & taken
+    ]
+
+
+def lines(manifest: Path) -> Iterator[Line]:
+    """Lines of a manifest, the audio as a path."""
+    for text in manifest.read_text(encoding="utf-8").splitlines():
+        line = json.loads(text)
+        yield line | {"audio": manifest.parent / line["audio"]}
+
+
+def joined(utterances: Sequence[Line], rng: np.random.Generator) -> Iterator[list[Line]]:
+    """Utterances in groups, some of them short and most as long as an encoder takes."""
+    group: list[Line] = []
+    for one in utterances:
+        seconds = sum(other["duration"] + PAUSE[1] for other in (*group, one))
+        if group and seconds > limit:
+            yield group
+            group = []
+        if not group:
+            limit = LONGEST if rng.random() < 0.6 else rng.uniform(3.0, LONGEST)
+        group.append(one)
+    if group:
+        yield group
+
+
+def write(folder: Path, groups: Iterable[list[Line]], rng: np.random.Generator) -> None:
+    """A corpus of each group's utterances, one behind the other."""
+    (folder / "audio").mkdir(parents=True)
+    with (folder / "manifest.jsonl").open("w", encoding="utf-8") as manifest:
+        for number, group in enumerate(groups):
+            parts = [load_audio(group[0]["audio"])]
+            for one in group[1:]:
+                parts.append(np.zeros(int(rng.uniform(*PAUSE) * SAMPLE_RATE), np.float32))
+                parts.append(load_audio(one["audio"]))
+            name, samples = f"{folder.name}-{number:06d}", np.concatenate(parts)
+            soundfile.write(folder / f"audio/{name}.flac", samples, SAMPLE_RATE)
+            line = {
+                "id": name,
+                "audio": f"audio/{name}.flac",
+                "duration": len(samples) / SAMPLE_RATE,
+                "text": " ".join(one["text"] for one in group),
+                "speaker": group[0]["speaker"],
+                "language": "en",
+            }
+            manifest.write(json.dumps(line) + "\n")
+
+
+def speak(sentences: Sequence[str], folder: Path, rng: np.random.Generator) -> list[Line]:
+    """Each sentence by one voice made another: their lines."""
+    from hibari import Hibari
+
+    voice = Hibari(threads=1)
+    folder.mkdir(parents=True)
+    found = []
+    for number, sentence in enumerate(sentences):
+        spoken = np.asarray(voice(sentence, seed=int(rng.integers(2**31))), np.float32)
+        samples = VOICES(soxr.resample(spoken, 24_000, SAMPLE_RATE), rng)
+        audio = folder / f"{number:06d}.flac"
+        soundfile.write(audio, samples, SAMPLE_RATE)
+        line = {"audio": audio, "duration": len(samples) / SAMPLE_RATE}
+        found.append(line | {"text": plain(sentence), "speaker": "hibari"})
+    return [line for line in found if line["duration"] < LONGEST]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("sentences", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    speech = Path(os.environ.get("ISTHMUS_SPEECH", "../shared/speech"))
+    rng = np.random.default_rng(arguments.seed)
+
+    held = [path for path in speech.glob("*/*.jsonl") if path.name != "train.jsonl"]
+    texts = [line["text"] for line in itertools.chain.from_iterable(map(lines, held))]
+    sentences = usable(arguments.sentences.read_text(encoding="utf-8").splitlines(), texts)
+    order = [sentences[index] for index in rng.permutation(len(sentences))]
+    spoken = speak(order, arguments.out / "sentences", rng)
+    write(arguments.out / "spoken", joined(spoken, rng), rng)
+
+    speakers: dict[str, list[Line]] = defaultdict(list)
+    for folder in FOLDERS:
+        for line in lines(speech / folder / "train.jsonl"):
+            speakers[f"{folder} {line['speaker']}"].append(line)
+    shuffled = ([own[i] for i in rng.permutation(len(own))] for own in speakers.values())
+    groups = (group for own in shuffled for group in joined(own, rng))
+    write(arguments.out / "joined", groups, rng)
+
+
+if __name__ == "__main__":
+    main()
