@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,34 @@ def test_a_real_speaker_not_in_training_is_read(transcriber: Transcriber) -> Non
     found = transcriber.transcribe([load_cut(cut) for cut in cuts])
     right = sum(t.text == transcript(cut) for t, cut in zip(found, cuts, strict=True))
     assert right / len(cuts) >= 0.85
+
+
+@needs_speech
+@pytest.mark.parametrize("mark", [True, False])
+def test_what_it_was_not_made_for_is_marked(mark: bool) -> None:
+    """Foreign sentences all are, right ones of its own are not; the thresholds are what does it."""
+    off = {"min_confidence": 0.0, "max_ctc_distance": 1.0}
+    system = load("tiny", **({} if mark else off))
+    marked = {}
+    for name in ("en_kathleen", "en_barista"):
+        cuts = list(read_corpus(SPEECH / name / "dev.jsonl"))[::4]
+        found = zip(cuts, system.transcribe([load_cut(cut) for cut in cuts]), strict=True)
+        right = name == "en_barista"
+        kept = [one for cut, one in found if not right or one.text == transcript(cut)]
+        assert len(kept) > 5
+        marked[name] = sum(one.doubtful for one in kept) / len(kept)
+    assert marked == {"en_kathleen": float(mark), "en_barista": 0.0}
+
+
+def test_a_text_out_of_its_depth_is_told(isthmus: Callable[..., tuple[int, str, str]]) -> None:
+    recording = ASSETS / "speech/kathleen.flac"
+    code, out, err = isthmus("transcribe", recording, "-m", "tiny")
+    assert (code, err.count("\n")) == (0, 1)
+    assert f"{recording}: the system seems out of its depth" in err
+    assert out
+    (found,) = json.loads(isthmus("transcribe", recording, "-m", "tiny", "--json")[1])["files"]
+    assert found["doubtful"] is True
+    assert found["ctc_distance"] > 0.4
 
 
 def test_one_by_one_and_together_give_the_same_text() -> None:

@@ -252,6 +252,10 @@ class DecodeSettings(RecogniserSettings):
     """Hypotheses to write, the best among them; at most beam_size."""
     instruction: str | None = None
     """Another instruction than the run was trained with."""
+    min_confidence: float = Field(0.0, ge=0, le=1)
+    """A text with less than this is marked as doubtful, and ..."""
+    max_ctc_distance: float = Field(1.0, ge=0, le=1)
+    """... one of which the CTC head heard a greater share of letters otherwise."""
 
     @model_validator(mode="after")
     def _enough_beams(self) -> "DecodeSettings":

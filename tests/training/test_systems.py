@@ -13,7 +13,14 @@ from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
 from isthmus.model import fetch
 from isthmus.speech.synthesis import Voice, speak
-from isthmus.training.folder import BASE, SHIPPED_RUNS, TINY, default_system, local_run, local_system
+from isthmus.training.folder import (
+    BASE,
+    SHIPPED_RUNS,
+    TINY,
+    default_system,
+    local_run,
+    local_system,
+)
 
 Isthmus = Callable[..., tuple[int, str, str]]
 

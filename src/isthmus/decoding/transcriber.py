@@ -158,12 +158,20 @@ class Transcriber(Recogniser):
                 replace(one, ctc_distance=text_distance(one.text, ctc.text(ctc.best_path(own))))
                 for one, own in zip(segments, heard, strict=True)
             ]
+        segments = [replace(one, doubtful=self._doubts(one)) for one in segments]
         if not words:
             return segments
         rows = zip_longest(speech, segments, heard)  # none is heard where there is no head
         return [
             replace(segment, words=self._timed(one, segment, own)) for one, segment, own in rows
         ]
+
+    def _doubts(self, segment: Segment) -> bool:
+        """Whether it is less sure of a segment, or farther from its CTC head, than of right ones."""
+        distance, settings = segment.ctc_distance, self.settings
+        if segment.confidence < settings.min_confidence:
+            return True
+        return distance is not None and distance > settings.max_ctc_distance
 
     def _search(
         self, speech: Sequence[Speech], frames: Sequence[Tensor], heard: Sequence[Tensor]
@@ -321,6 +329,8 @@ class DecodeChanges(TypedDict, total=False):
     deadline: float | None
     nbest: int | None
     instruction: str | None
+    min_confidence: float | None
+    max_ctc_distance: float | None
 
 
 def load(

@@ -15,6 +15,7 @@ app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
+    from isthmus.decoding.transcript import Transcript
 
 
 Instruction = Annotated[
@@ -232,6 +233,8 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
                 if heard.finish_reason not in ("stop", "no_speech"):
                     cut = f"the end of a text is missing or made up ({heard.finish_reason})"
                     typer.echo(f"warning: {name}: {cut}.", err=True)
+                if heard.doubtful:
+                    typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
                 if folder is not None:
                     form = options.output_format or "all"
                     file = options.files[index]
@@ -256,6 +259,14 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
                 typer.echo(f"{name}: {text}" if len(names) > 1 else text)
     if failed:
         raise typer.Exit(1)
+
+
+def _doubt(heard: "Transcript") -> str:
+    """Why the text should not be trusted."""
+    facts = [f"it is {heard.confidence:.0%} sure"]
+    if heard.ctc_distance is not None:
+        facts.append(f"its CTC head heard {heard.ctc_distance:.0%} of the letters otherwise")
+    return f"the system seems out of its depth ({', '.join(facts)})"
 
 
 def _transcribe_corpora(options: TranscribeOptions) -> None:
