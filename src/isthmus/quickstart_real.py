@@ -23,12 +23,12 @@ from isthmus.training.folder import BASE, SHIPPED_RUNS
 from isthmus.training.run_loading import stored_recipe
 from isthmus.training.runs import train
 
-UTTERANCES, HELD_OUT = 200, 20  # at most: to encode one takes about half a second of a core
+UTTERANCES, HELD_OUT = 150, 20  # at most: to encode one takes about a second of a core
 AT_LEAST = 10
 TRAINING = {
     "llm_weight": 0.0,  # the language model is not to learn from so little
     "ctc_weight": 1.0,
-    "steps": 100,
+    "steps": 300,
     "learning_rate": 2e-4,
     "warmup_steps": 10,
     "schedule": "cosine",
@@ -36,9 +36,9 @@ TRAINING = {
     "max_duration": 60.0,
     "max_tokens": None,
     "accumulate": 1,
-    "eval_every": 10,
-    "patience": 5,
-    "save_every": 100,
+    "eval_every": 25,
+    "patience": 4,
+    "save_every": 300,
 }
 
 

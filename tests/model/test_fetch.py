@@ -385,6 +385,15 @@ def test_a_download_that_is_cut_goes_on(world: World) -> None:
     verify_folder(world.folder, world.expected)
 
 
+def test_a_hub_that_cuts_every_download_is_given_up(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.hub.cuts[WEIGHTS], world.hub.cut_at = 1000, 0.0
+    fetch([NAME])
+    verify_folder(world.folder, world.expected)
+    assert "Not from the model hub" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("fault", ["other weights", "other words", "damaged", "no weights"])
 def test_a_hub_that_has_something_else(
     world: World, fault: str, capsys: pytest.CaptureFixture[str]

@@ -4,11 +4,13 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import soundfile
 
+from isthmus import files
 from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
 from isthmus.model import fetch
@@ -95,6 +97,18 @@ def test_parts_of_base_are_fetched_if_they_can_be(
     monkeypatch.setattr(fetch, "part_folder", part_folder)
     assert default_system() == BASE
     assert asked == [*fetch.SYSTEMS[BASE]]
+
+
+def test_tiny_reads_where_there_is_no_room_for_base(
+    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("ISTHMUS_OFFLINE", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(fetch, "_a_source_answers", lambda: True)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000))
+    assert default_system() == TINY
+    (said,) = caplog.messages
+    assert "MB free" in said
 
 
 def test_who_names_base_gets_no_other(base: Path, isthmus: Isthmus, recording: Path) -> None:
