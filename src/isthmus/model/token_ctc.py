@@ -12,6 +12,7 @@ V tokens, K labels of a batch.
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,15 +32,20 @@ class TokenCTC(nn.Module):
 
     def __init__(self, llm: LLM):
         super().__init__()
+        _table(llm)  # or there is nothing to compare with
         self._llm = (llm,)  # in a tuple: its table stays the LLM's and is no part of this
-        size = _table(llm).float().square().mean().sqrt()
-        self.scale = SHARPNESS / (float(size) * math.sqrt(llm.dim))
         self.blank_direction = nn.Parameter(torch.zeros(llm.dim))
         self.blank_bias = nn.Parameter(torch.zeros(()))
 
     @property
     def llm(self) -> LLM:
         return self._llm[0]
+
+    @cached_property
+    def scale(self) -> float:
+        """Of products with the tokens' embeddings, whose size is a matter of the LLM."""
+        size = _table(self.llm).float().square().mean().sqrt()
+        return SHARPNESS / (float(size) * math.sqrt(self.llm.dim))
 
     @property
     def blank(self) -> int:
