@@ -22,7 +22,14 @@ from transformers import (
     Wav2Vec2FeatureExtractor,
 )
 
-from isthmus.decoding.timestamps import align_words, best_path, heard, load_ctc, skippable
+from isthmus.decoding.timestamps import (
+    align_words,
+    best_path,
+    heard,
+    load_ctc,
+    meetings,
+    skippable,
+)
 from isthmus.decoding.transcript import Word
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import CONFORMER_DELAY, ConformerArchitecture, ConformerCTC
@@ -201,7 +208,7 @@ def test_half_the_words_start_within_40_milliseconds() -> None:
     ctc = encoder.ctc
     assert ctc is not None
     heard: list[tuple[Tensor, str, np.ndarray]] = []
-    true: list[float] = []
+    true: list[np.ndarray] = []
     for index, text in enumerate(draw_texts(16, seed=72)):
         rng = np.random.default_rng((72, index))
         speech, spoken = speak(text, random_voice(rng, held_out=True))
@@ -210,7 +217,7 @@ def test_half_the_words_start_within_40_milliseconds() -> None:
         with torch.inference_mode():
             frames, _ = encoder(torch.from_numpy(waveform)[None], torch.tensor([len(waveform)]))
             heard.append((ctc.log_probs(frames)[0], text, waveform))
-        true += [word.start + lead / SAMPLE_RATE for word in spoken]
+        true.append(np.array([word.start for word in spoken]) + lead / SAMPLE_RATE)
 
     def median_error(delay: float | None = None) -> float:
         words = [
@@ -218,10 +225,14 @@ def test_half_the_words_start_within_40_milliseconds() -> None:
             for log_probs, text, waveform in heard
             for word in align_words(log_probs, text, ctc, waveform, delay)
         ]
-        return float(np.median(np.abs(np.array([word.start for word in words]) - true)))
+        starts = np.array([word.start for word in words])
+        return float(np.median(np.abs(starts - np.concatenate(true))))
 
     assert median_error() <= 0.04
     assert median_error(ctc.delay - CONFORMER_DELAY) > 0.04
+    pairs = zip(heard, true, strict=True)
+    late = [meetings(own, text, ctc) - starts[1:] for (own, text, _), starts in pairs]
+    assert np.median(np.concatenate(late)) == pytest.approx(ctc.delay, abs=0.03)
 
 
 def write_wav2vec2(folder: Path, **values: Any) -> Any:

@@ -5,10 +5,11 @@ says in which order and about when letters are spelled. A model with a wide view
 the outermost far from the speech, so words are then bounded by what can be heard: by the quietest
 moment near where their letters meet, the first and the last word by the ends of the sound.
 
-Shapes: S samples, T frames of the CTC model, V its units, L letters of the transcript, U = 2 L + 1
-states (a gap before each letter and after the last), N frames of loudness.
+Shapes: S samples, T labels of the CTC head, V its units, W words of the transcript, L their letters
+(units), U = 2 L + 1 states (a gap before each letter and after the last), N frames of loudness.
 """
 
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -89,27 +90,51 @@ def align_words(
     if not words:
         return ()
     spelled = ctc.spell(text, [word.span() for word in words])
-    labels = np.array([unit for units in spelled for unit in units])
-    owners = np.repeat(np.arange(len(words)), [len(units) for units in spelled])  # word of a letter
-    table, columns = trellis(log_probs, labels, owners, ctc)
-    path = best_path(table, columns, skippable(labels))
-    index = np.arange(len(words))
-    if path is None:
-        letters = np.append(np.searchsorted(owners, index), len(owners))
-        edges = letters / len(owners) * len(waveform) / SAMPLE_RATE
+    found = label_times(log_probs, spelled, ctc)
+    if found is None:
+        letters = np.cumsum([0, *map(len, spelled)])
+        edges = letters / letters[-1] * len(waveform) / SAMPLE_RATE
         first, last, confidences = edges[:-1], edges[1:], np.zeros(len(words))
     else:
-        assert ctc.frame_rate is not None
         late = ctc.delay if delay is None else delay
-        frames = np.flatnonzero(path % 2)  # those that spell
-        said = owners[path[frames] // 2]
-        found = np.exp(table[frames, columns[path[frames]]])
-        confidences = np.bincount(said, found) / np.bincount(said)
-        first = frames[np.searchsorted(said, index)] / ctc.frame_rate - late
-        last = (frames[np.searchsorted(said, index, "right") - 1] + 1) / ctc.frame_rate - late
+        first, last, confidences = found[0] - late, found[1] - late, found[2]
     starts, ends = heard(first, last, waveform)
     times = zip(words, starts.tolist(), ends.tolist(), confidences.tolist(), strict=True)
     return tuple(Word(word.group(), *rest) for word, *rest in times)
+
+
+def meetings(log_probs: Tensor, text: str, ctc: CTCHead) -> Floats:
+    """When the labels (T, V) of each word of `text` and of the next one meet, in seconds (W - 1,).
+
+    Empty where there are too few labels. How much later that is than it is heard, in the median,
+    is the head's delay.
+    """
+    spelled = ctc.spell(text, [word.span() for word in words_of(text)])
+    found = label_times(log_probs, spelled, ctc) if spelled else None
+    return np.empty(0) if found is None else (found[1][:-1] + found[0][1:]) / 2
+
+
+def label_times(
+    log_probs: Tensor, spelled: Sequence[Sequence[int]], ctc: CTCHead
+) -> tuple[Floats, Floats, Floats] | None:
+    """Seconds from which and to which labels (T, V) spell each word, given its units, (W,) each.
+
+    And the mean probability of its letters then. None if there are too few labels for all.
+    """
+    labels = np.array([unit for units in spelled for unit in units])
+    owners = np.repeat(np.arange(len(spelled)), [len(units) for units in spelled])  # of a letter
+    table, columns = trellis(log_probs, labels, owners, ctc)
+    path = best_path(table, columns, skippable(labels))
+    if path is None:
+        return None
+    assert ctc.frame_rate is not None
+    frames = np.flatnonzero(path % 2)  # those that spell
+    said, index = owners[path[frames] // 2], np.arange(len(spelled))
+    found = np.exp(table[frames, columns[path[frames]]])
+    first = frames[np.searchsorted(said, index)]
+    last = frames[np.searchsorted(said, index, "right") - 1] + 1
+    confidences = np.bincount(said, found) / np.bincount(said)
+    return first / ctc.frame_rate, last / ctc.frame_rate, confidences
 
 
 def trellis(

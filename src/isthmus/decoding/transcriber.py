@@ -250,7 +250,9 @@ class Transcriber(Recogniser):
         path = self.ctc.best_path(log_probs)
         if isinstance(self.ctc, TokenHead):
             return path
-        return self.model.transcript_tokens(self.ctc.text(path))
+        text = self.ctc.text(path)
+        # a head of capital letters knows no others, and few transcripts are all capitals
+        return self.model.transcript_tokens(text.lower() if text.isupper() else text)
 
     def _frames(self, speech: Sequence[Speech]) -> list[Tensor]:
         """The encoder's frames (T, D) of each."""
