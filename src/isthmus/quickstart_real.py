@@ -122,6 +122,6 @@ def _speech(corpora: Sequence[str], max_seconds: float) -> dict[str, list[Cut]]:
 
 
 def _plain(cut: Cut) -> Cut:
-    """A cut with its text as base writes: small letters, and of punctuation the apostrophe alone."""
+    """A cut with its text as base writes: small letters, and no marks but the apostrophe."""
     text = " ".join(re.sub(r"[^\w' ]", " ", transcript(cut).lower().replace("’", "'")).split())
     return fastcopy(cut, supervisions=[fastcopy(cut.supervisions[0], text=text)])

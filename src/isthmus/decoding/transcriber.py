@@ -167,7 +167,7 @@ class Transcriber(Recogniser):
         ]
 
     def _doubts(self, segment: Segment) -> bool:
-        """Whether it is less sure of a segment, or farther from its CTC head, than of right ones."""
+        """Whether it is less certain, or farther from what the CTC head heard, than allowed."""
         distance, settings = segment.ctc_distance, self.settings
         if segment.confidence < settings.min_confidence:
             return True
