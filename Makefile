@@ -1,4 +1,4 @@
-# make quickstart   set up .venv and train, decode and score the tiny recipe
+# make quickstart   set up .venv; train, decode and score the tiny recipe; read a person with base
 # make test         all tests               make check   style, types, layers, README commands
 # make newest       what we build upon in its newest versions, and the tests that would notice
 # make bench        what we claim about speed            make clean   remove .venv and caches

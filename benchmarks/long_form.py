@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         recording = Path(folder) / "long.flac"
         said = write_recording(recording, paths, hours)
-        transcriber = load("default", chunk_seconds=chunk)
+        transcriber = load("tiny", chunk_seconds=chunk)
         transcriber.transcribe(next(blocks(paths, 60.0))[0])
         loaded = resident()
         started, most, next_line = time.perf_counter(), loaded, SAMPLE_EVERY

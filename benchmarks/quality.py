@@ -19,7 +19,7 @@ SETS = ("en_digits", "en_keywords", "en_speech_commands", "en_barista")
 
 
 def main() -> None:
-    run = sys.argv[1] if len(sys.argv) > 1 else "default"
+    run = sys.argv[1] if len(sys.argv) > 1 else "tiny"
     paths = dev_sets()
     transcriber = load(run)
     evaluation = evaluate(transcriber, paths)

@@ -1,6 +1,7 @@
 """Tiny random models, written as the Hugging Face hub holds them."""
 
 import gc
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from transformers import (
     AutoModelForCTC,
     ParakeetFeatureExtractor,
     Qwen2Tokenizer,
+    Wav2Vec2CTCTokenizer,
     Wav2Vec2FeatureExtractor,
     WhisperConfig,
     WhisperFeatureExtractor,
@@ -39,7 +41,8 @@ from isthmus.model.features import LogMelSettings
 from isthmus.model.llm import CHAT_TEMPLATE, LLM, LLMSettings, character_tokenizer
 from isthmus.model.spelling import letter_tokenizer
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub ...
+os.environ.setdefault("ISTHMUS_OFFLINE", "1")  # ... or an index, but those that are about it
 
 WIDTH = 16
 SIZES = {
@@ -106,6 +109,30 @@ def write_self_supervised(kind: str, norm: str, folder: Path, *, batch_norm: boo
     extractor.save_pretrained(folder)
 
 
+# of wav2vec2-base-960h, in its order
+WAV2VEC2_UNITS = ["<pad>", "<s>", "</s>", "<unk>", "|", *"ETAONIHSRDLUMWCFGYPBVK'XJQZ"]
+
+
+def write_spelling(kind: str, folder: Path) -> None:
+    """A self-supervised model that was fine-tuned to spell, with capital letters."""
+    config = AutoConfig.for_model(
+        kind,
+        **SIZES,
+        conv_dim=[8] * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+        vocab_size=len(WAV2VEC2_UNITS),
+        pad_token_id=0,
+    )
+    network = AutoModelForCTC.from_config(config)
+    scramble(network)
+    network.save_pretrained(folder)
+    places = {unit: place for place, unit in enumerate(WAV2VEC2_UNITS)}
+    (folder / "vocab.json").write_text(json.dumps(places))
+    Wav2Vec2CTCTokenizer(str(folder / "vocab.json")).save_pretrained(folder)
+    Wav2Vec2FeatureExtractor(do_normalize=True).save_pretrained(folder)
+
+
 def write_parakeet(folder: Path) -> None:
     encoder = AutoConfig.for_model(
         "parakeet_encoder",
@@ -151,6 +178,10 @@ ENCODERS: dict[str, tuple[Writer | None, dict[str, Any]]] = {
         partial(write_self_supervised, "hubert", "layer", batch_norm=True),
         {"type": "hubert"},
     ),
+    **{
+        f"{kind}-ctc": (partial(write_spelling, kind), {"type": kind})
+        for kind in ("wav2vec2", "hubert", "wavlm")
+    },
     "pair": (None, {"type": "pair", "first": "conformer", "second": "wav2vec2-group"}),
 }
 SETTINGS = {

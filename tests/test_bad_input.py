@@ -16,7 +16,7 @@ import soundfile
 from isthmus.decoding import inputs
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.speech.synthesis import Voice, speak
-from isthmus.training.folder import SHIPPED_RUN
+from isthmus.training.folder import SHIPPED_RUNS
 
 av = pytest.importorskip("av")
 pytest.importorskip("espeakng_loader")
@@ -111,7 +111,9 @@ def test_bad_recordings_are_one_line_each_and_the_others_are_read(
     write(tmp_path / "one-sample.wav", noise[:1])
     write_silence(tmp_path / "silence.flac", hours=0.5, rate=8000)
     good = [tmp_path / name for name in ("one-sample.wav", "seven.wav", "silence.flac")]
-    code, out, err = isthmus("transcribe", *bad, *good, "-o", tmp_path / "out", "-f", "txt")
+    code, out, err = isthmus(
+        "transcribe", *bad, *good, "-m", "tiny", "-o", tmp_path / "out", "-f", "txt"
+    )
     assert code == 1
     assert not out
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
@@ -128,7 +130,7 @@ def test_bad_recordings_are_one_line_each_and_the_others_are_read(
 
 @pytest.fixture(scope="module")
 def transcriber() -> Transcriber:
-    return load()
+    return load("tiny")
 
 
 def peak(work: Callable[[], object]) -> int:
@@ -160,7 +162,7 @@ def test_a_small_file_that_unpacks_to_gigabytes_is_refused_before_memory_grows(
 
 def of_another(folder: Path, version: str, line: str = "") -> Path:
     """The shipped run as another version of isthmus would have written it."""
-    shutil.copytree(SHIPPED_RUN, folder)
+    shutil.copytree(SHIPPED_RUNS["tiny"], folder)
     (folder / "environment.json").write_text(f'{{"isthmus": "{version}"}}')
     with (folder / "recipe.yaml").open("a") as recipe:
         recipe.write(line)

@@ -68,11 +68,13 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transcribing_loads_what_it_uses(recording: Path) -> None:
-    assert loaded(TRANSCRIBE, "transcribe", recording, "--gate", "none") == []
+    assert loaded(TRANSCRIBE, "transcribe", recording, "-m", "tiny", "--gate", "none") == []
 
 
 def test_it_would_be_seen(recording: Path) -> None:
-    found = loaded(f"{AS_EVER}\n{TRANSCRIBE}", "transcribe", recording, "--gate", "none")
+    found = loaded(
+        f"{AS_EVER}\n{TRANSCRIBE}", "transcribe", recording, "-m", "tiny", "--gate", "none"
+    )
     assert set(found) >= {
         "torch._dynamo.eval_frame",
         "torch._inductor",
@@ -83,7 +85,16 @@ def test_it_would_be_seen(recording: Path) -> None:
 
 def test_the_results_are_the_same(recording: Path) -> None:
     def heard(program: str) -> object:
-        arguments = ("transcribe", recording, "--gate", "none", "--json", "--word-timestamps")
+        arguments = (
+            "transcribe",
+            recording,
+            "-m",
+            "tiny",
+            "--gate",
+            "none",
+            "--json",
+            "--word-timestamps",
+        )
         (result,) = json.loads(run(program, *arguments))["files"]
         assert result.pop("seconds") > 0
         assert result["segments"][0]["tokens"], "nothing was decoded"

@@ -28,7 +28,7 @@ ORDER = [
     {"scoring"},
     {"analysis"},
     {"serving"},
-    {"display", "options", "quickstart", "verbs", "cli"},
+    {"display", "options", "quickstart", "quickstart_real", "verbs", "cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Scoring runs on machines that have none of these, so it may not reach them through a room either.

@@ -21,17 +21,20 @@ from isthmus.display import TrainingDisplay, training_display
 from isthmus.files import write_atomic
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
-from isthmus.speech.corpora import load_cut
+from isthmus.speech.corpora import load_cut, read_corpus
 from isthmus.speech.synthesis import draw_texts, synthesise_corpus
 from isthmus.training.batches import transcript
+from isthmus.training.folder import ASSETS, default_system
 from isthmus.training.runs import train
 
 DOMAINS = {"digit": 1.0, "digits": 2.0, "command": 2.0, "keyword": 1.0, "order": 2.0}
 TRAIN_UTTERANCES, HELD_OUT_UTTERANCES = 1200, 60
 SHOWN = 8  # examples on the terminal
+SAMPLE = ASSETS / "speech" / "manifest.jsonl"
 NEXT = {
     "isthmus transcribe a.wav --model RUN": "read a recording with this run",
     "isthmus transcribe a.wav": "read it with the shipped system, trained for longer",
+    "isthmus quickstart --real DATA": "give that system ears for recordings of yours with texts",
     "isthmus recipes": "see what else can be trained",
     "isthmus cp tiny/projector my.yaml": "copy a recipe, to change it",
     "isthmus train my.yaml": "train it",
@@ -68,6 +71,7 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     recipe = quickstart_recipe(folder)
     untrained = Transcriber(recipe.build(), recipe.decode)
     own = {str(path): untrained.load(path) for path in audio}
+    system = default_system()  # first, as it may be downloaded
     seconds = {}
 
     started = time.perf_counter()
@@ -99,6 +103,10 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     )
     write_atomic(page, render(report))
     _print_results(console, evaluation, yours)
+    started = time.perf_counter()
+    console.print(f"[bold]4[/] Reading people with {system}, which ships")
+    read = _read(system, own, console)
+    seconds["reading"] = time.perf_counter() - started
     _print_next(console, folder / "run", page)
     score = evaluation.scores.pooled
     return {
@@ -108,6 +116,8 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
         "run": str(folder / "run"),
         "report": str(page),
         "transcripts": yours,
+        "system": system,
+        "read": read,
     }
 
 
@@ -222,6 +232,18 @@ def _print_results(console: Console, evaluation: Evaluation, yours: dict[str, st
     )
     for name, text in yours.items():
         console.print(Text(f"{name}: {text}"))
+
+
+def _read(system: str, own: dict[str, Any], console: Console) -> dict[str, str]:
+    """The recording that ships and the user's own, as a shipped system reads them."""
+    (sample,) = read_corpus(SAMPLE)
+    found = load(system).transcribe([sample, *own.values()])
+    heard = dict(zip([sample.id, *own], found, strict=True))
+    console.print(Text(f"{sample.id} says: {transcript(sample)}"))
+    for name, one in heard.items():
+        mark = " (out of its depth)" if one.doubtful else ""
+        console.print(Text(f"{name}: {one.text}{mark}"))
+    return {name: one.text for name, one in heard.items()}
 
 
 def _next(run: Path) -> dict[str, str]:

@@ -232,7 +232,7 @@ class DecodeSettings(RecogniserSettings):
     early_stopping: bool = False
     """Stop as soon as there are `beam_size` finished hypotheses."""
     drafts: bool = True
-    """With beam_size 1: the encoder's CTC head, if it has one, writes what the LLM then checks."""
+    """With beam_size 1: a CTC head, if there is one, writes what the LLM then checks."""
     strict: bool = False
     """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
     deadline: float | None = Field(None, gt=0)
@@ -245,11 +245,17 @@ class DecodeSettings(RecogniserSettings):
     """An n-gram language model, a file in ARPA format (.gz too), that has a say in the search."""
     ngram_weight: float = Field(0.3, ge=0)
     ctc_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """How much of a say the encoder's CTC head has in the search; 0 is none."""
+    """How much of a say a CTC head (the encoder's, or the projector's) has; 0 is none."""
+    ctc_delay: float | None = Field(None, allow_inf_nan=False)
+    """Seconds that the labels of that head come late, for word times; its type's own unless set."""
     nbest: int = Field(1, ge=1)
     """Hypotheses to write, the best among them; at most beam_size."""
     instruction: str | None = None
     """Another instruction than the run was trained with."""
+    min_confidence: float = Field(0.0, ge=0, le=1)
+    """A text with less than this is marked as doubtful, and ..."""
+    max_ctc_distance: float = Field(1.0, ge=0, le=1)
+    """... one of which the CTC head heard a greater share of letters otherwise."""
 
     @model_validator(mode="after")
     def _enough_beams(self) -> "DecodeSettings":

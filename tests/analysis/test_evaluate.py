@@ -202,16 +202,15 @@ def test_ctc_hears_long_utterances_in_chunks(
         (tmp_path / f"{name}.txt").write_text("go left")
     monkeypatch.setitem(transcriber.__dict__, "longest", 3.0)
     evaluation = evaluate(transcriber, [str(tmp_path)])
-    head, longest = transcriber.ctc, 0
-    assert head is not None
-    forward = head.forward
+    encoder, longest = transcriber.encoder, 0
+    forward = encoder.forward
 
     def listen(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
         nonlocal longest
         longest = max(longest, waveforms.shape[1])
         return forward(waveforms, num_samples)
 
-    monkeypatch.setattr(head, "forward", listen)
+    monkeypatch.setattr(encoder, "forward", listen)
     [scores] = ctc_scores(transcriber, evaluation).sets.values()
     assert {one.id for one in scores.utterances} == {"long", "short"}
     assert 16_000 <= longest <= 3 * 16_000

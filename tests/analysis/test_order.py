@@ -128,7 +128,7 @@ def test_the_verb(
     isthmus: Callable[..., tuple[int, str, str]], tmp_path: Path, speech_like: Path
 ) -> None:
     page = tmp_path / "page.html"
-    arguments: list[Any] = ["default", speech_like, "--utterances", 3, "-o", page]
+    arguments: list[Any] = ["tiny", speech_like, "--utterances", 3, "-o", page]
     code, out, _ = isthmus("analyse", "alignment", *arguments, "--json")
     assert code == 0
     report = json.loads(out)
@@ -136,12 +136,12 @@ def test_the_verb(
     low, high = report["difference"]["interval"]
     assert low <= report["difference"]["value"] <= high
     assert page.is_file()
-    code, out, _ = isthmus("analyse", "alignment", "default", speech_like)
+    code, out, _ = isthmus("analyse", "alignment", "tiny", speech_like)
     assert code == 0
     assert "order of 4 utterances" in out
-    assert isthmus("analyse", "alignment", "default", speech_like, "-o", "x.svg")[0] == 1
+    assert isthmus("analyse", "alignment", "tiny", speech_like, "-o", "x.svg")[0] == 1
     page.write_text("mine")
-    code, _, err = isthmus("analyse", "alignment", "default", speech_like, "-o", page)
+    code, _, err = isthmus("analyse", "alignment", "tiny", speech_like, "-o", page)
     assert (code, page.read_text()) == (1, "mine")
     assert "page.html exists. Name another file with --output" in err
 
@@ -153,7 +153,7 @@ def test_data_are_looked_up_before_the_model(
         raise AssertionError("minutes, for nothing")
 
     monkeypatch.setattr(transcriber, "load", never)
-    code, _, err = isthmus("analyse", "alignment", "default", tmp_path / "absent.jsonl")
+    code, _, err = isthmus("analyse", "alignment", "tiny", tmp_path / "absent.jsonl")
     assert code == 1
     assert "absent.jsonl" in err
 

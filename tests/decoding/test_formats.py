@@ -101,6 +101,8 @@ def test_json() -> None:
                 "avg_logprob": -0.375,
                 "compression_ratio": 11 / 19,  # bytes in UTF-8, and of zlib's stream
                 "no_speech_prob": 0.0,
+                "ctc_distance": None,
+                "doubtful": False,
                 "words": [
                     {"word": " grüß", "start": 1.0, "end": 1.25, "probability": 0.75},
                     {"word": " dich", "start": 1.3, "end": 2.0, "probability": 0.5},
@@ -113,6 +115,8 @@ def test_json() -> None:
         "duration": 3.0,
         "seconds": 0.0,
         "finish_reason": "length",
+        "ctc_distance": None,
+        "doubtful": False,
         "score": -0.5,
         "confidence": pytest.approx(math.exp(-0.375)),
     }

@@ -365,7 +365,7 @@ def test_an_aligner_is_part_of_what_transcribes(model_folder: Callable[[str], Pa
 
 def test_a_run_that_changes_is_another_system(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    shutil.copytree(ASSETS / "default", run)
+    shutil.copytree(ASSETS / "tiny", run)
     before = system(run).model
     weights = run / "best" / "trainable.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x07")
@@ -410,7 +410,7 @@ def test_the_verb_says_what_has_no_effect_and_how_texts_ended(
 
     monkeypatch.setattr("isthmus.decoding.job.transcribe_corpora", done)
     flags = ["-f", "srt", "--max-line-width", "40", "--nbest", "2"]
-    code, out, err = isthmus("transcribe", recordings, "-o", tmp_path / "out", *flags)
+    code, out, err = isthmus("transcribe", recordings, "-m", "tiny", "-o", tmp_path / "out", *flags)
     assert (code, asked["words"]) == (0, False)
     line = "12 utterances, 0 of them failed, 3 ended by length, 1 ended by no_speech"
     assert out == f"{line}: {tmp_path / 'out'}\n"
@@ -418,5 +418,5 @@ def test_the_verb_says_what_has_no_effect_and_how_texts_ended(
         assert f"warning: {flag} has no effect on corpora" in err
     assert err.count("warning: ") == 3
     ends.clear()
-    code, out, err = isthmus("transcribe", recordings, "-o", tmp_path / "out")
+    code, out, err = isthmus("transcribe", recordings, "-m", "tiny", "-o", tmp_path / "out")
     assert (out, err) == (f"12 utterances, 0 of them failed: {tmp_path / 'out'}\n", "")

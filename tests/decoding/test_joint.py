@@ -1,34 +1,39 @@
 """What CTC adds in the search is the sum over all of its alignments, whatever the tokens."""
 
 import itertools
+import json
 import math
 import os
 from collections import defaultdict
 from collections.abc import Callable
 from functools import lru_cache, partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Wav2Vec2CTCTokenizer
 
 from isthmus.decoding import joint as module
 from isthmus.decoding.beam import SearchOptions, beam_search
-from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, CTCSpelling
+from isthmus.decoding.forced import Given, forced_hypotheses
+from isthmus.decoding.fusion import Hotwords
+from isthmus.decoding.joint import UNSPELLABLE, CTCPrefixScorer, TextSpelling, TokenSpelling
 from isthmus.decoding.recogniser import Speech
-from isthmus.decoding.timestamps import FLOOR, CTCModel
+from isthmus.decoding.timestamps import FLOOR
 from isthmus.decoding.transcriber import Transcriber, load
+from isthmus.decoding.transcript import words_of
 from isthmus.errors import IsthmusError
+from isthmus.model.ctc_head import CTCHead, TransformersHead
 from isthmus.model.llm import LLM, character_tokenizer
-from isthmus.model.spelling import letter_tokenizer
+from isthmus.model.spelling import WILDCARD, SentencePieceUnits, letter_tokenizer
 from isthmus.recipe import Recipe, change_settings
 from isthmus.scoring import score
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript
+from tests.conftest import WAV2VEC2_UNITS
 
 END = 2
 BLANK = 0
@@ -76,20 +81,39 @@ def posteriors(num_frames: int, num_units: int = 5, seed: int = 0) -> Tensor:
     return (2 * torch.randn(num_frames, num_units, generator=generator)).double().log_softmax(dim=1)
 
 
-def spelling(tokenizer: Any, units: Any = LETTERS) -> CTCSpelling:
-    ctc = SimpleNamespace(tokenizer=units, blank=units.pad_token_id)
-    return CTCSpelling(tokenizer, cast(CTCModel, ctc))
+def head_of(units: Any) -> CTCHead:
+    """A head with these units; nothing is asked but how they spell."""
+    return TransformersHead(torch.nn.Identity(), units.pad_token_id, 50.0, units)
+
+
+def spelling(tokenizer: Any, units: Any = LETTERS) -> TextSpelling:
+    return TextSpelling(tokenizer, head_of(units))
+
+
+def encoded(scorer: CTCPrefixScorer, text: str) -> list[int]:
+    assert isinstance(scorer.spelling, TextSpelling)
+    return scorer.spelling.encode(text)
 
 
 def said(scorer: CTCPrefixScorer, text: str, utterance: int = 0) -> tuple[float, float]:
     """What a scorer adds in all, asked as the search asks: before the end, and with it."""
     added, states = 0.0, [scorer.start(utterance)]
     other = scorer.start(utterance)  # a hypothesis beside it
-    for token in scorer.spelling.encode(text):
+    for token in encoded(scorer, text):
         asked = torch.tensor([[token, 3, token], [4, token, 3]])
         added += float(scorer.score([*states, other], asked)[0, 2])
         states = scorer.extend([*states, other], [token, 5])[:1]
     return added, added + float(scorer.finish([*states, other])[0])
+
+
+def by_torch(log_probs: Tensor, units: list[int], blank: int) -> float:
+    """log p(units) of an utterance (T, V)."""
+    target, lengths = (
+        torch.tensor([units]),
+        (torch.tensor([len(log_probs)]), torch.tensor([len(units)])),
+    )
+    loss = torch.nn.functional.ctc_loss(log_probs[:, None], target, *lengths, blank, "sum")
+    return -float(loss)
 
 
 @lru_cache(1)
@@ -123,16 +147,8 @@ def test_a_long_text_has_what_torch_gives_it() -> None:
     text = "all that is said to be so is not so for all who hear"
     units = letter_tokenizer()
     scorer = CTCPrefixScorer(spelling(character_tokenizer(), units), [log_probs], weight=1.0)
-    target = torch.tensor([units(text)["input_ids"]])
-    loss = torch.nn.functional.ctc_loss(
-        log_probs[:, None],
-        target,
-        torch.tensor([300]),
-        torch.tensor([len(text)]),
-        BLANK,
-        "sum",
-    )
-    assert said(scorer, text)[1] == pytest.approx(-float(loss), abs=1e-5)
+    expected = by_torch(log_probs, units(text)["input_ids"], BLANK)
+    assert said(scorer, text)[1] == pytest.approx(expected, abs=1e-5)
 
 
 def test_beginnings_share_what_their_beginning_has() -> None:
@@ -141,9 +157,9 @@ def test_beginnings_share_what_their_beginning_has() -> None:
     for text in ("", "a", "ab", "a b"):
         # no text asks for the unknown unit, but CTC may spell it
         state = scorer.start(0)
-        for token in scorer.spelling.encode(text):
+        for token in encoded(scorer, text):
             [state] = scorer.extend([state], [token])
-        following = [module.Step((unit,), 0, False) for unit in range(1, 5)]
+        following = [module.Step((unit,)) for unit in range(1, 5)]
         shares = scorer._prefixes([state] * 4, following).exp().sum()
         whole = (scorer.finish([state]) + state.prefix).exp()
         assert float(shares + whole) == pytest.approx(math.exp(state.prefix), rel=1e-9)
@@ -193,16 +209,138 @@ def test_units_of_several_letters_are_spelled_by_whole_words(tokenizer: Any) -> 
     units = pieces("▁a", "▁ab", "ab", "▁b")
     log_probs = posteriors(8, num_units=len(units))
     scorer = CTCPrefixScorer(spelling(tokenizer, units), [log_probs], weight=1.0)
-
-    def probability(text: str) -> float:
-        target = torch.tensor([units(text)["input_ids"]])
-        lengths = torch.tensor([8]), torch.tensor([target.shape[1]])
-        return -float(torch.nn.functional.ctc_loss(log_probs[:, None], target, *lengths, 0, "sum"))
-
     for text in ("ab", "ab b", "a ab ba"):
-        assert said(scorer, text)[1] == pytest.approx(probability(text), abs=1e-6)
+        expected = by_torch(log_probs, units(text)["input_ids"], BLANK)
+        assert said(scorer, text)[1] == pytest.approx(expected, abs=1e-6)
     assert said(scorer, "ab")[0] == 0.0  # it may become "abb" yet
     assert said(scorer, "ab b")[0] == said(scorer, "ab a")[0] < 0
+
+
+def test_tokens_that_are_units_are_not_spelled() -> None:
+    """One step for each, one unit, the same again after a blank; and nothing at the end."""
+    blank, every = 4, defaultdict[tuple[int, ...], float](float)
+    log_probs = posteriors(6).roll(4, dims=1)  # its blank is the last
+    for units, probability in alignments(0).items():
+        every[tuple(unit - 1 for unit in units)] += probability
+    head = head_of(LETTERS)
+    head.blank = blank
+    scorer = CTCPrefixScorer(TokenSpelling(head), [log_probs.float()], weight=0.5)
+    for tokens in ((), (0,), (3, 3), (0, 1, 1), (2, 0, 2, 1)):
+        added, states = 0.0, [scorer.start(0)]
+        for token in tokens:
+            added += float(scorer.score(states, torch.tensor([[token, 1]]))[0, 0])
+            states = scorer.extend(states, [token])
+        begun = sum(p for path, p in every.items() if path[: len(tokens)] == tokens)
+        assert added == pytest.approx(0.5 * math.log(begun), abs=1e-5)
+        assert added + float(scorer.finish(states)[0]) == pytest.approx(
+            0.5 * math.log(every[tokens]), abs=1e-5
+        )
+
+
+def test_of_a_large_vocabulary_no_table_is_copied() -> None:
+    """What is kept is a column, the blank's; the rest is looked up when it is asked about."""
+    log_probs = [posteriors(frames, num_units=20_000).float() for frames in (90, 30)]
+    head = head_of(LETTERS)
+    scorer = CTCPrefixScorer(TokenSpelling(head), log_probs, weight=1.0)
+    kept = [value for value in vars(scorer).values() if isinstance(value, Tensor)]
+    assert sum(value.numel() for value in kept) == 2 * (90 + 1)
+    assert all(one is other for one, other in zip(scorer.log_probs, log_probs, strict=True))
+    for utterance, own in enumerate(log_probs):
+        tokens = [7, 19_999, 19_999, 500]
+        states = [scorer.start(utterance)]
+        for token in tokens:
+            states = scorer.extend(states, [token])
+        found = states[0].prefix + float(scorer.finish(states)[0])
+        assert found == pytest.approx(by_torch(own.double(), tokens, BLANK), abs=1e-3)
+
+
+WAV2VEC2 = {unit: place for place, unit in enumerate(WAV2VEC2_UNITS)}
+
+
+@pytest.fixture(scope="module")
+def capitals(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The tokenizer of wav2vec2-base-960h."""
+    folder = tmp_path_factory.mktemp("capitals")
+    (folder / "vocab.json").write_text(json.dumps(WAV2VEC2))
+    return Wav2Vec2CTCTokenizer(str(folder / "vocab.json"))
+
+
+@pytest.fixture(scope="module")
+def sentence_pieces() -> Any:
+    """Such as those of Parakeet, of lower-case letters."""
+    texts = ["the cat sat on the mat", "that is the thing", "don't stop at the end", "i sat there"]
+    return SentencePieceUnits(type="sentencepiece", size=40).tokenizer(texts)
+
+
+@pytest.mark.parametrize("text", ["Don't stop", "the mat, is THERE.", "that cat", "it"])
+def test_capitals_with_bars_and_pieces_are_spelled(
+    tokenizer: Any, capitals: Any, sentence_pieces: Any, text: str
+) -> None:
+    """Whatever the tokens are: the units, the head's own text, and the sum over alignments."""
+    if isinstance(tokenizer, type(pieces("▁a"))) and "▁a" in tokenizer.get_vocab():
+        tokenizer = character_tokenizer()  # the toy pieces know three letters only
+    plain = "".join(letter for letter in text if letter not in ",.")
+    expected = {
+        id(capitals): [WAV2VEC2[letter] for letter in plain.upper().replace(" ", "|")],
+        id(sentence_pieces): sentence_pieces(plain.lower(), add_special_tokens=False)["input_ids"],
+    }
+    for units in (capitals, sentence_pieces):
+        head, own = head_of(units), expected[id(units)]
+        spans = [word.span() for word in words_of(text)]
+        assert head.text(own).lower() == plain.lower()
+        spelled = head.spell(text, spans)
+        separator = [] if head.separator is None else [head.separator]
+        joined = [unit for word in spelled for unit in [*separator, *word]][len(separator) :]
+        assert joined == own
+        log_probs = posteriors(60, num_units=len(units))
+        scorer = CTCPrefixScorer(spelling(tokenizer, units), [log_probs], weight=1.0)
+        assert said(scorer, text)[1] == pytest.approx(
+            by_torch(log_probs, own, units.pad_token_id), abs=1e-5
+        )
+
+
+def test_digits_have_no_units_of_their_own(capitals: Any, sentence_pieces: Any) -> None:
+    for units in (capitals, sentence_pieces):
+        head = head_of(units)
+        word, number = head.spell("cat 42", [(0, 3), (4, 6)])
+        assert number[-1] == WILDCARD
+        assert WILDCARD not in word
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma"])
+def test_given_texts_score_as_the_search_scores_them(
+    family: str, load_llm: Callable[..., LLM]
+) -> None:
+    """What the search has found, given; in any company and order, with all that scores beside."""
+    model = load_llm(family, dtype="float32")
+    generator = torch.Generator().manual_seed(3)
+    prompts = [torch.randn(length, model.dim, generator=generator) for length in (4, 9, 6)]
+    log_probs = [posteriors(frames, seed=frames).float() for frames in (9, 14, 5)]
+    scorers = [
+        CTCPrefixScorer(spelling(model.tokenizer), log_probs, 0.05),
+        Hotwords(["ab a"], model.tokenizer, 0.5),
+    ]
+    ends = list(range(10, 95, 2))
+    beams = beam_search(
+        model, prompts, [12, 16, 12], ends, beam_size=16, scorers=scorers, length_penalty=0.7
+    )
+    # the best first: of those that differ in their end token alone, the one with the likeliest
+    ended = {
+        (place, tuple(one.tokens)): one
+        for place, own in enumerate(beams)
+        for one in reversed(own)
+        if one.finish_reason == "stop"
+    }
+    assert len(ended) > 3
+    assert any(tokens for _, tokens in ended)
+    given = [Given(place, list(tokens)) for place, tokens in ended]
+    for group in (given, given[::-1], *([one] for one in given)):
+        found = forced_hypotheses(model, prompts, group, ends, scorers=scorers, length_penalty=0.7)
+        for one, asked in zip(found, group, strict=True):
+            expected = ended[asked.utterance, tuple(asked.tokens)]
+            assert (one.tokens, one.finish_reason) == (expected.tokens, "stop")
+            assert one.log_probs == pytest.approx(expected.log_probs, abs=1e-4)
+            assert one.score == pytest.approx(expected.score, abs=1e-4)
 
 
 def test_in_the_search(llm: LLM) -> None:
@@ -294,7 +432,7 @@ def test_an_encoder_that_cannot_spell_is_one_clear_error(
 @pytest.mark.skipif(not SPEECH.is_dir(), reason="set ISTHMUS_SPEECH to the speech folder")
 def test_the_shipped_system_leaves_out_less() -> None:
     orders = list(read_corpus(str(SPEECH / "en_barista" / "dev.jsonl")))[8:13]
-    shipped = load()
+    shipped = load("tiny")
 
     def errors(weight: float) -> int:
         settings = change_settings(shipped.settings, {"ctc_weight": weight})

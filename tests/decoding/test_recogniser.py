@@ -472,7 +472,7 @@ def test_settings_without_effect_are_told(
     assert not caplog.text
     with pytest.raises(IsthmusError, match="'de'"):
         load_system(recogniser_folder("whisper.en"), language="de")
-    load_system("default", language="de")
+    load_system("tiny", language="de")
     assert "no effect on a run" in caplog.text
 
 

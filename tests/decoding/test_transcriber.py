@@ -16,7 +16,9 @@ from torch import Tensor
 
 from isthmus.decoding import inputs, recogniser
 from isthmus.decoding import transcriber as transcribing
+from isthmus.decoding.confidence import text_distance
 from isthmus.decoding.formats import as_srt, as_tsv
+from isthmus.decoding.pretrained import CTCRecogniser
 from isthmus.decoding.recogniser import Speech
 from isthmus.decoding.timestamps import load_ctc
 from isthmus.decoding.transcriber import DecodeChanges, Transcriber, load
@@ -191,6 +193,17 @@ def test_the_head_of_a_trained_encoder_is_left_alone(build: Build, waves: Waves)
         transcriber.transcribe(waves(16_000).numpy(), word_timestamps=True)
 
 
+@pytest.mark.parametrize("decode", [{"beam_size": 1}, {"ctc_weight": 0.3}, {}])
+def test_how_far_a_text_is_from_what_ctc_heard(
+    build: Build, waves: Waves, decode: dict[str, Any]
+) -> None:
+    transcriber, waveform = build(**decode), waves(16_000).numpy()
+    [segment] = transcriber.transcribe(waveform).segments
+    recogniser = CTCRecogniser(transcriber.encoder, DecodeSettings(gate="none"))
+    assert segment.ctc_distance == text_distance(segment.text, recogniser.transcribe(waveform).text)
+    assert build(encoder="whisper").transcribe(waveform).ctc_distance is None
+
+
 def test_settings_to_change_are_those_there_are() -> None:
     assert DecodeChanges.__annotations__.keys() == DecodeSettings.model_fields.keys()
     assert load(beam_size=2, strict=True, nbest=None).settings.beam_size == 2
@@ -334,10 +347,10 @@ def test_a_run_of_the_hub_is_downloaded(monkeypatch: pytest.MonkeyPatch) -> None
 
     def snapshot(name: str, **options: Any) -> str:
         asked.append({"name": name, **options})
-        return str(ASSETS / "default")
+        return str(ASSETS / "tiny")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
-    assert load("someone/ears").settings.beam_size == load().settings.beam_size
+    assert load("someone/ears").settings.beam_size == load("tiny").settings.beam_size
     assert asked[0]["name"] == "someone/ears"
     assert not any("checkpoints" in pattern for pattern in asked[0]["allow_patterns"])
 

@@ -280,16 +280,19 @@ def test_a_pair_works_on_what_each_does(encoder_settings: Callable[[str], Any]) 
     assert pair.build().encoded_seconds(2.0) == 30.0
 
 
-def test_a_head_is_no_part_but_goes_along(encoder_settings: Callable[[str], Any]) -> None:
+@pytest.mark.parametrize("name", ["parakeet", "wav2vec2-ctc"])
+def test_a_head_is_no_part_but_goes_along(
+    encoder_settings: Callable[[str], Any], name: str
+) -> None:
     """No gradient reaches it: it is neither trained, nor stored, nor counted."""
-    encoder = encoder_settings("parakeet").build()
+    encoder = encoder_settings(name).build()
     own = encoder.network.state_dict()
     assert encoder.state_dict().keys() == {f"network.{name}" for name in own}
     assert parameters(encoder)[0] == sum(value.numel() for value in encoder.network.parameters())
     whole = torch.nn.Sequential(encoder).requires_grad_(True)
 
     def weights() -> list[Tensor]:
-        return list(encoder.ctc_head.parameters())
+        return list(encoder.ctc.parameters())
 
     assert len(weights()) == 2
     assert not any(value.requires_grad for value in weights())
@@ -301,8 +304,11 @@ def test_a_head_is_no_part_but_goes_along(encoder_settings: Callable[[str], Any]
     assert {value.device.type for value in weights()} == {"meta"}
 
 
-def test_only_the_conformer_can_spell(encoder: Encoder, encoder_name: str) -> None:
-    assert (encoder.ctc is not None) == (encoder_name == "conformer")
+def test_what_was_trained_with_ctc_has_a_head(encoder: Encoder, encoder_name: str) -> None:
+    spells = encoder_name == "conformer" or encoder_name.endswith("-ctc")
+    assert (encoder.ctc is not None) == (spells or encoder_name == "parakeet")
+    if encoder.ctc is not None:
+        assert (encoder.ctc.tokenizer is not None) == spells
 
 
 @torch.no_grad()

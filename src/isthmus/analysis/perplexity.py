@@ -33,7 +33,7 @@ from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring import read_texts
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript
-from isthmus.training.folder import DEFAULT, holds_run
+from isthmus.training.folder import DEFAULT, SHIPPED_RUNS, holds_run
 from isthmus.training.run_loading import load_run
 
 LOGIT_BYTES = 256 * 2**20  # of a batch, in float32
@@ -184,7 +184,7 @@ def _nats(llm: LLM, tokens: torch.Tensor) -> list[tuple[float, float]]:
 
 def is_run(name: str) -> bool:
     """Whether this names a run, not a language model."""
-    return name == DEFAULT or holds_run(Path(name))
+    return name in (DEFAULT, *SHIPPED_RUNS) or holds_run(Path(name))
 
 
 def open_llm(name: str) -> LLM:

@@ -181,16 +181,24 @@ class Search:
 
     def _prune(self) -> None:
         rules = self.rules
-        ended = any(one.finish_reason == "stop" for one in self.finished)
-        # a loop is likelier by the token than any sentence
-        self.finished.sort(key=lambda one: (ended and one.finish_reason in BROKEN_OFF, -one.score))
-        del self.finished[rules.beam_size :]
+        self.finished = ranked(self.finished)[: rules.beam_size]
         if self.open and len(self.finished) == rules.beam_size:
             length = len(self.open[0].tokens)
             best = self.open[0].total / length**rules.length_penalty
             worst = min(one.score for one in self.finished)
             if rules.options.early_stopping or best <= worst:
                 self.open = []
+
+
+def ranked(hypotheses: Sequence[Hypothesis]) -> list[Hypothesis]:
+    """The best first; beside one that came to its end, those broken off are the last."""
+    ended = any(one.finish_reason == "stop" for one in hypotheses)
+
+    def order(one: Hypothesis) -> tuple[bool, float]:
+        # a loop is likelier by the token than any sentence
+        return ended and one.finish_reason in BROKEN_OFF, -one.score
+
+    return sorted(hypotheses, key=order)
 
 
 @torch.inference_mode()

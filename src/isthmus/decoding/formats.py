@@ -111,6 +111,8 @@ def transcript_dict(transcript: Transcript) -> dict[str, Any]:
         "finish_reason": transcript.finish_reason,
         "score": _finite(transcript.score),
         "confidence": _finite(transcript.confidence),
+        "ctc_distance": transcript.ctc_distance,
+        "doubtful": transcript.doubtful,
         "seconds": transcript.seconds,
     }
 
@@ -302,6 +304,8 @@ def _segment(number: int, segment: Segment, before: str) -> dict[str, Any]:
         ),
         "compression_ratio": len(text) / len(zlib.compress(text)),
         "no_speech_prob": float(segment.finish_reason == "no_speech"),
+        "ctc_distance": segment.ctc_distance,
+        "doubtful": segment.doubtful,
     }
     if len(segment.confidences) == len(words_of(segment.text)):
         found["confidences"] = list(segment.confidences)

@@ -32,7 +32,7 @@ from isthmus.decoding.recogniser import Result
 from isthmus.decoding.systems import load_system, system_folder, system_settings
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
-from isthmus.files import discard, read_json, recover_folder, write_atomic
+from isthmus.files import discard, read_json, write_atomic
 from isthmus.model.parts import source
 from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
@@ -41,10 +41,11 @@ from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN
 from isthmus.speech.utterances import same_id
-from isthmus.training.checkpoint import WEIGHTS, newest_checkpoint
-from isthmus.training.folder import BEST, CHECKPOINTS, DEFAULT, RECIPE, holds_run
+from isthmus.training.checkpoint import WEIGHTS
+from isthmus.training.folder import DEFAULT, RECIPE, default_system, holds_run
 from isthmus.training.folder import PARTS as FROZEN
 from isthmus.training.languages import language
+from isthmus.training.run_loading import trained_weights
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
@@ -95,6 +96,8 @@ def system(
 
     Raises IsthmusError.
     """
+    if str(run) == DEFAULT:  # the choice of this process, not of each that loads it
+        run = default_system()
     folder = system_folder(run)
     decode = system_settings(folder, settings or {})
     if decode.gate == "auto":  # machines with different packages must not share a job
@@ -104,7 +107,7 @@ def system(
         model = {
             "recipe": sha256(folder / RECIPE),
             "frozen": sha256(folder / FROZEN),
-            "trained": sha256(_weights(folder) / WEIGHTS),
+            "trained": sha256(trained_weights(folder) / WEIGHTS),
         }
     else:
         model = {"pretrained": _digest(sorted(source(str(folder)).sha256.items()))}
@@ -476,12 +479,3 @@ def _on_ray(cluster: Cluster, work: Callable[[], object]) -> None:
     finally:
         if started:
             ray.shutdown()
-
-
-def _weights(folder: Path) -> Path:
-    """What of a run is loaded: its best weights, or else its newest checkpoint."""
-    recover_folder(folder / BEST)
-    if (folder / BEST).is_dir():
-        return folder / BEST
-    newest, _ = newest_checkpoint(folder / CHECKPOINTS)
-    return newest or folder / BEST

@@ -1,4 +1,4 @@
-"""Joint decoding: the encoder's CTC head has a say in the beam search of the LLM.
+"""Joint decoding: a CTC head has a say in the beam search of the LLM.
 
 To a hypothesis' log-probability by the LLM, `weight` times log p_ctc(text ...) is added: the
 probability that what CTC spells begins with the text, summed over all alignments, and of finished
@@ -6,7 +6,7 @@ hypotheses that it is the text and nothing more (Watanabe et al., 2017, "Hybrid 
 Architecture for End-to-End Speech Recognition", section IV and algorithm 2). That paper's share
 of CTC is weight / (1 + weight).
 
-The LLM's tokens are not CTC's units, so texts are spelled anew: letter by letter where the units
+Where the LLM's tokens are not CTC's units, texts are spelled anew: letter by letter if the units
 are letters, else word by word, as soon as the word is over.
 
 Shapes: N utterances, H hypotheses, C candidates, R rows (texts to go on with), T frames of the
@@ -15,16 +15,18 @@ longest utterance, V units.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from isthmus.decoding.beam import Scorer
 from isthmus.decoding.fusion import TokenTexts
-from isthmus.decoding.timestamps import FLOOR, WILDCARD, CTCModel, spell
+from isthmus.decoding.timestamps import FLOOR
+from isthmus.model.ctc_head import CTCHead
+from isthmus.model.spelling import WILDCARD, spell
 
 UNSPELLABLE = -5.0  # log-probability of a run of letters or digits that CTC has no units for
 CANDIDATES = 8  # likeliest tokens of a hypothesis that CTC is asked about, if not more are kept
@@ -32,35 +34,96 @@ LETTER_BYTES = 4  # of UTF-8, at most
 
 
 @dataclass(frozen=True)
-class Spelling:
+class Pending:
+    """What of a hypothesis' text is not spelled yet."""
+
+    begun: bool = False  # something is spelled
+    gap: bool = False  # white space came after it
+    held: tuple[int, ...] = ()  # tokens that end within a letter
+    rest: str = ""  # a word that may go on, where units are longer than letters
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a token (or the end of the text) adds to a hypothesis."""
+
+    units: tuple[int, ...] = ()
+    unspellable: int = 0  # how often the text has what CTC has no units for
+    pending: Pending = Pending()
+
+
+class Spelling(Protocol):
+    """How the LLM's tokens are said in the units of a CTC head."""
+
+    blank: int
+
+    def step(self, pending: Pending, token: int) -> Step: ...
+    def end(self, pending: Pending) -> Step: ...
+
+
+class TokenSpelling(Spelling):
+    """Where they are its units."""
+
+    def __init__(self, ctc: CTCHead):
+        self.blank = ctc.blank
+
+    def step(self, pending: Pending, token: int) -> Step:
+        return Step((token,))
+
+    def end(self, pending: Pending) -> Step:
+        return Step()
+
+
+@dataclass(frozen=True)
+class Spelled:
     """Units of a piece of text, separators between its words among them."""
 
     units: tuple[int, ...]
-    unspellable: int  # how often it has what CTC has no units for
+    unspellable: int
     before: bool  # it begins with white space ...
     after: bool  # ... or ends with it
 
 
-class CTCSpelling(TokenTexts):
-    """The text of the LLM's tokens in the units of a CTC model.
+class TextSpelling(TokenTexts, Spelling):
+    """Where they are not, by their text.
 
     What cannot be spelled (digits, another script) is left out and costs UNSPELLABLE; punctuation
     that CTC does not know is left out at no cost.
     """
 
-    def __init__(self, tokenizer: Any, ctc: CTCModel):
+    def __init__(self, tokenizer: Any, ctc: CTCHead):
         super().__init__(tokenizer)
         self.blank = ctc.blank
         units = ctc.tokenizer
-        vocabulary: dict[str, int] = units.get_vocab()
         special = set(units.all_special_tokens)
-        self.by_letter = all(len(unit) == 1 for unit in vocabulary if unit not in special)
-        delimiter = getattr(units, "word_delimiter_token", None) or " "
-        self.separator = (vocabulary[delimiter],) if delimiter in vocabulary else ()
+        self.by_letter = all(len(unit) == 1 for unit in units.get_vocab() if unit not in special)
+        self.separator = () if ctc.separator is None else (ctc.separator,)
         self.spell = lru_cache(1 << 16)(lambda word: spell(word, units))
-        self.spelling = lru_cache(1 << 16)(self._spelling)
+        self.spelled = lru_cache(1 << 16)(self._spelled)
 
-    def _spelling(self, text: str) -> Spelling:
+    def step(self, pending: Pending, token: int) -> Step:
+        text = pending.rest + self.text(*pending.held, token)
+        if text.endswith("\ufffd") and len(pending.held) < LETTER_BYTES - 1:
+            return Step(pending=replace(pending, held=(*pending.held, token)))
+        end = len(text)
+        while end and not (self.by_letter or text[end - 1].isspace()):
+            end -= 1
+        return self._step(pending, text[:end], text[end:])
+
+    def end(self, pending: Pending) -> Step:
+        return self._step(pending, pending.rest + self.text(*pending.held), "")
+
+    def _step(self, pending: Pending, text: str, rest: str) -> Step:
+        found = self.spelled(text)
+        gap = pending.gap or found.before
+        if not found.units:
+            left = Pending(pending.begun, gap or found.after, rest=rest)
+            return Step((), found.unspellable, left)
+        between = self.separator if gap and pending.begun else ()
+        left = Pending(True, found.after, rest=rest)
+        return Step((*between, *found.units), found.unspellable, left)
+
+    def _spelled(self, text: str) -> Spelled:
         units, unspellable = list[int](), 0
         for word in text.split():
             own = self.spell(word)
@@ -68,7 +131,7 @@ class CTCSpelling(TokenTexts):
             if any(map(str.isalnum, word)):
                 unspellable += len(own) - len(known)
             units += [*(self.separator if units and known else ()), *known]
-        return Spelling(tuple(units), unspellable, text[:1].isspace(), text[-1:].isspace())
+        return Spelled(tuple(units), unspellable, text[:1].isspace(), text[-1:].isspace())
 
 
 @dataclass(frozen=True)
@@ -83,20 +146,7 @@ class Said:
     ending: Tensor
     prefix: float = 0.0  # log-probability that what is spelled begins with the units
     last: int = -1  # unit; none is spelled yet
-    gap: bool = False  # white space came after it
-    held: tuple[int, ...] = ()  # tokens that end within a letter
-    rest: str = ""  # of the text: a word that may go on, where units are longer than letters
-
-
-@dataclass(frozen=True)
-class Step:
-    """What a token (or the end of the text) adds to a hypothesis."""
-
-    units: tuple[int, ...]
-    unspellable: int
-    gap: bool
-    held: tuple[int, ...] = ()
-    rest: str = ""
+    pending: Pending = Pending()
 
 
 class CTCPrefixScorer(Scorer):
@@ -106,26 +156,19 @@ class CTCPrefixScorer(Scorer):
     FLOOR, so that a search goes on where there are too few frames for any text.
     """
 
-    def __init__(self, spelling: CTCSpelling, log_probs: Sequence[Tensor], weight: float):
-        self.spelling, self.weight = spelling, weight
-        longest = max(map(len, log_probs))
-        # Blanks that are sure, behind the shorter ones, change no probability.
-        self.table = torch.full(
-            (len(log_probs), log_probs[0].shape[1], longest), FLOOR, dtype=torch.float64
-        )
-        self.table[:, spelling.blank] = 0.0
-        for own, one in zip(self.table, log_probs, strict=True):
-            own[:, : len(one)] = one.T.double().nan_to_num(nan=FLOOR, neginf=FLOOR)
-        # (N, V, T + 1): a unit in all of the first t frames
-        self.runs = torch.nn.functional.pad(self.table.cumsum(dim=2), (1, 0))
+    def __init__(self, spelling: Spelling, log_probs: Sequence[Tensor], weight: float):
+        self.spelling, self.log_probs, self.weight = spelling, log_probs, weight
+        self.longest = max(map(len, log_probs))
+        places = torch.arange(len(log_probs))
+        self.blanks = _runs(self._columns(places, torch.full_like(places, spelling.blank)))
 
     def start(self, utterance: int) -> Said:
-        blanks = self.runs[utterance, self.spelling.blank]
+        blanks = self.blanks[utterance]
         return Said(utterance, torch.stack([torch.full_like(blanks, -math.inf), blanks]))
 
     def score(self, states: Sequence[Said], tokens: Tensor) -> Tensor:
         steps = [
-            (state, self._step(state, token))
+            (state, self.spelling.step(state.pending, token))
             for state, row in zip(states, tokens.tolist(), strict=True)
             for token in row
         ]
@@ -133,7 +176,8 @@ class CTCPrefixScorer(Scorer):
         return self._gain(rows, added, self._prefixes(rows, added)).view(tokens.shape)
 
     def extend(self, states: Sequence[Said], tokens: Sequence[int]) -> list[Said]:
-        steps = [self._step(state, token) for state, token in zip(states, tokens, strict=True)]
+        pairs = zip(states, tokens, strict=True)
+        steps = [self.spelling.step(state.pending, token) for state, token in pairs]
         prefixes = self._prefixes(states, steps).tolist()
         endings = self._endings(states, [step.units for step in steps])
         return [
@@ -142,15 +186,13 @@ class CTCPrefixScorer(Scorer):
                 ending,
                 prefix,
                 step.units[-1] if step.units else state.last,
-                step.gap,
-                step.held,
-                step.rest,
+                step.pending,
             )
             for state, step, ending, prefix in zip(states, steps, endings, prefixes, strict=True)
         ]
 
     def finish(self, states: Sequence[Said]) -> Tensor:
-        steps = [self._spell(state, self._text(state), whole=True) for state in states]
+        steps = [self.spelling.end(state.pending) for state in states]
         endings = self._endings(states, [step.units for step in steps])
         whole = endings[:, :, -1].logsumexp(dim=1).clamp_min(FLOOR)
         return self._gain(states, steps, whole)
@@ -161,28 +203,6 @@ class CTCPrefixScorer(Scorer):
         unspellable = torch.tensor([step.unspellable for step in steps], dtype=torch.float64)
         return self.weight * (after - before + UNSPELLABLE * unspellable)
 
-    def _step(self, state: Said, token: int) -> Step:
-        text = self._text(state, token)
-        if text.endswith("\ufffd") and len(state.held) < LETTER_BYTES - 1:
-            held = (*state.held, token)
-            return Step((), 0, state.gap, held, state.rest)
-        return self._spell(state, text)
-
-    def _text(self, state: Said, *tokens: int) -> str:
-        """Of what is not spelled yet, and of tokens behind it."""
-        return state.rest + self.spelling.text(*state.held, *tokens)
-
-    def _spell(self, state: Said, text: str, *, whole: bool = False) -> Step:
-        end = len(text)
-        while end and not (whole or self.spelling.by_letter or text[end - 1].isspace()):
-            end -= 1
-        found, rest = self.spelling.spelling(text[:end]), text[end:]
-        gap = state.gap or found.before
-        if not found.units:
-            return Step((), found.unspellable, gap or found.after, rest=rest)
-        between = self.spelling.separator if gap and state.last >= 0 else ()
-        return Step((*between, *found.units), found.unspellable, found.after, rest=rest)
-
     def _prefixes(self, states: Sequence[Said], steps: Sequence[Step]) -> Tensor:
         """Prefix log-probabilities (R,) of hypotheses with the units of steps."""
         prefixes = torch.tensor([state.prefix for state in states], dtype=torch.float64)
@@ -191,12 +211,10 @@ class CTCPrefixScorer(Scorer):
             chosen, units = [states[row] for row in rows], [steps[row].units for row in rows]
             lasts = [([one.last, *own])[-2] for one, own in zip(chosen, units, strict=True)]
             endings = self._endings(chosen, [own[:-1] for own in units])
-            reached, where, which = self._reached(
-                endings, chosen, lasts, [own[-1] for own in units]
-            )
+            new = torch.tensor([own[-1] for own in units])
             # in which frame the last unit begins
-            begun = (reached + self.table[where, which]).logsumexp(dim=1)
-            prefixes[rows] = begun.clamp_min(FLOOR)
+            begun = _reached(endings, lasts, new) + self._columns(_utterances(chosen), new)
+            prefixes[rows] = begun.logsumexp(dim=1).clamp_min(FLOOR)
         return prefixes
 
     def _endings(self, states: Sequence[Said], units: Sequence[tuple[int, ...]]) -> Tensor:
@@ -205,29 +223,45 @@ class CTCPrefixScorer(Scorer):
         lasts = [state.last for state in states]
         for depth in range(max(map(len, units))):
             rows = [row for row, own in enumerate(units) if len(own) > depth]
-            chosen, new = [states[row] for row in rows], [units[row][depth] for row in rows]
-            reached, where, which = self._reached(
-                endings[rows], chosen, [lasts[row] for row in rows], new
-            )
-            blanks = self.runs[where, self.spelling.blank]
-            in_unit = lasting(reached, self.runs[where, which])
-            in_blank = lasting(in_unit[:, :-1], blanks)
+            where = _utterances([states[row] for row in rows])
+            new = torch.tensor([units[row][depth] for row in rows])
+            reached = _reached(endings[rows], [lasts[row] for row in rows], new)
+            in_unit = lasting(reached, _runs(self._columns(where, new)))
+            in_blank = lasting(in_unit[:, :-1], self.blanks[where])
             endings[rows] = torch.stack([in_unit, in_blank], dim=1)
-            for row, unit in zip(rows, new, strict=True):
-                lasts[row] = unit
+            for row in rows:
+                lasts[row] = units[row][depth]
         return endings
 
-    def _reached(
-        self, endings: Tensor, states: Sequence[Said], lasts: Sequence[int], new: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities (R, T) that a new unit may begin in a frame; utterances and units."""
-        before, units = torch.tensor(lasts), torch.tensor(new)
-        in_unit, in_blank = endings[:, :, :-1].unbind(dim=1)
-        # The same unit again needs a blank between.
-        reached = torch.where(
-            (before == units)[:, None], in_blank, torch.logaddexp(in_unit, in_blank)
-        )
-        return reached, torch.tensor([state.utterance for state in states]), units
+    def _columns(self, where: Tensor, units: Tensor) -> Tensor:
+        """Log-probabilities (R, T) of units (R,) in utterances (R,): of no more than is asked for.
+
+        Blanks that are sure, behind the shorter ones, change no probability.
+        """
+        columns = torch.full((len(units), self.longest), FLOOR, dtype=torch.float64)
+        columns[units == self.spelling.blank] = 0.0
+        for utterance in where.unique().tolist():
+            rows = (where == utterance).nonzero()[:, 0]
+            own = self.log_probs[utterance][:, units[rows]].T.double()
+            columns[rows, : own.shape[1]] = own.nan_to_num(nan=FLOOR, neginf=FLOOR)
+        return columns
+
+
+def _utterances(states: Sequence[Said]) -> Tensor:
+    return torch.tensor([state.utterance for state in states])
+
+
+def _runs(columns: Tensor) -> Tensor:
+    """Log-probabilities (R, T + 1) of a unit in all of the first t frames, from (R, T)."""
+    return torch.nn.functional.pad(columns.cumsum(dim=1), (1, 0))
+
+
+def _reached(endings: Tensor, lasts: Sequence[int], new: Tensor) -> Tensor:
+    """Log-probabilities (R, T) that a new unit (R,) may begin in a frame."""
+    in_unit, in_blank = endings[:, :, :-1].unbind(dim=1)
+    # The same unit again needs a blank between.
+    again = torch.tensor(lasts) == new
+    return torch.where(again[:, None], in_blank, torch.logaddexp(in_unit, in_blank))
 
 
 def lasting(reached: Tensor, runs: Tensor) -> Tensor:

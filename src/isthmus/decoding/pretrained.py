@@ -15,9 +15,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_SPEECH_SEQ_2_SEQ_MA
 from transformers.models.whisper.tokenization_whisper import TASK_IDS, TO_LANGUAGE_CODE
 
 from isthmus.decoding.recogniser import Recogniser, Speech
-from isthmus.decoding.timestamps import CTC_TYPES, CTCModel, load_ctc, load_processor
+from isthmus.decoding.timestamps import CTC_TYPES, load_ctc
 from isthmus.decoding.transcript import Segment
 from isthmus.errors import IsthmusError, suggest
+from isthmus.model.ctc_head import CTCHead, own_tokenizer
+from isthmus.model.encoder import Encoder, load_extractor
 from isthmus.model.parts import (
     choose_device,
     load_network,
@@ -51,16 +53,21 @@ class Seq2SeqSettings(PretrainedDecodeSettings):
 
 
 class CTCRecogniser(Recogniser):
-    """The best path of a CTC model."""
+    """The best path of a CTC head behind an encoder: the encoder's own unless another is given."""
 
-    ctc: CTCModel
+    encoder: Encoder
 
     def __init__(
-        self, ctc: CTCModel, settings: RecogniserSettings, aligner: CTCModel | None = None
+        self,
+        encoder: Encoder,
+        settings: RecogniserSettings,
+        ctc: CTCHead | None = None,
+        aligner: Encoder | None = None,
     ):
-        self.ctc = ctc.eval()
+        self.encoder = encoder.eval()
         self.settings = settings
-        self.aligner = aligner if aligner is not None else ctc
+        self.ctc = encoder.ctc if ctc is None else ctc
+        self.aligner = aligner
 
     @property
     def longest(self) -> float:
@@ -68,20 +75,20 @@ class CTCRecogniser(Recogniser):
 
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
+        ctc = self.ctc
+        assert ctc is not None
         batch = collate([""] * len(speech), [one.waveform for one in speech], [])
-        batch = batch.to(next(self.ctc.parameters()).device)
-        frames, lengths = self.ctc(batch.waveforms, batch.num_samples)
-        texts = self.ctc.greedy(self.ctc.log_probs(frames), lengths)
-        pairs = zip(speech, texts, strict=True)
-        segments = [Segment(0.0, one.seconds, text) for one, text in pairs]
-        if not words:
-            return segments
-        known = self.aligner is self.ctc
-        rows = zip(speech, segments, frames, lengths.tolist(), strict=True)
+        batch = batch.to(next(self.encoder.parameters()).device)
+        frames, lengths = self.encoder(batch.waveforms, batch.num_samples)
+        rows = zip(speech, frames, lengths.tolist(), strict=True)
         return [
-            replace(segment, words=self._timed(one, segment, own[:length] if known else None))
-            for one, segment, own, length in rows
+            self._segment(one, ctc, ctc.log_probs(own[None, :length])[0], words)
+            for one, own, length in rows
         ]
+
+    def _segment(self, speech: Speech, ctc: CTCHead, log_probs: Tensor, words: bool) -> Segment:
+        segment = Segment(0.0, speech.seconds, ctc.text(ctc.best_path(log_probs)))
+        return replace(segment, words=self._timed(speech, segment, log_probs)) if words else segment
 
 
 class Seq2SeqRecogniser(Recogniser):
@@ -99,7 +106,7 @@ class Seq2SeqRecogniser(Recogniser):
         extractor: Any,
         tokenizer: Any,
         settings: Seq2SeqSettings,
-        aligner: CTCModel | None = None,
+        aligner: Encoder | None = None,
     ):
         """Raises IsthmusError for a language that the model does not know."""
         self.network: Any = network.eval()
@@ -226,7 +233,8 @@ def load_pretrained(
     device = choose_device()
     aligner = load_ctc(align_model).to(device) if align_model else None
     if not isinstance(settings, Seq2SeqSettings):
-        return CTCRecogniser(load_ctc(str(folder)).float().to(device), settings, aligner)
+        encoder = load_ctc(str(folder)).float().to(device)
+        return CTCRecogniser(encoder, settings, aligner=aligner)
     with loading(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:
@@ -235,7 +243,9 @@ def load_pretrained(
             "one that transcribes by itself, such as Whisper."
         )
     network = load_network(AutoModelForSpeechSeq2Seq, folder, name, "float32")
-    extractor, tokenizer = load_processor(folder, name, network)
+    extractor = load_extractor(folder, name)
+    written = int(network.config.get_text_config(decoder=True).vocab_size)
+    tokenizer = own_tokenizer(folder, name, written)
     if config.model_type == "whisper":
         complete_generation(network.generation_config, tokenizer)
     return Seq2SeqRecogniser(network.to(device), extractor, tokenizer, settings, aligner)

@@ -19,9 +19,11 @@ from torch import Tensor
 
 from isthmus.decoding.inputs import recording_seconds
 from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, split
-from isthmus.decoding.timestamps import CTCModel, align_words
+from isthmus.decoding.timestamps import align_words
 from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError
+from isthmus.model.ctc_head import CTCHead
+from isthmus.model.encoder import Encoder
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.activity import Region, speech_regions
 from isthmus.speech.audio import SAMPLE_RATE, audio_blocks, check_samples, load_audio
@@ -61,13 +63,16 @@ class Speech:
 class Recogniser(ABC):
     """Waveforms to text; the text of an utterance depends on nothing but itself and the settings.
 
-    `ctc` is its encoder's own head, where there is one. `aligner` gives words their times. With a
-    `cache`, the encoder's frames of cuts are read from it and kept in it.
+    `ctc` is the head, where there is one, that labels the frames of its `encoder`. It gives words
+    their times, or else `aligner` does, an encoder with a head of its own. With a `cache`, the
+    encoder's frames of cuts are read from it and kept in it.
     """
 
     settings: RecogniserSettings
-    ctc: CTCModel | None = None
-    aligner: CTCModel | None = None
+    encoder: Encoder | None = None
+    ctc: CTCHead | None = None
+    ctc_delay: float | None = None  # seconds, in place of the head's own
+    aligner: Encoder | None = None
     cache: "FeatureCache | None" = None
 
     @property
@@ -155,9 +160,11 @@ class Recogniser(ABC):
 
     def check_words(self, wanted: bool) -> None:
         """Raise IsthmusError if words are wanted and nothing can tell when they were said."""
-        if wanted and self.aligner is None:
+        head = self.ctc if self.aligner is None else self.aligner.ctc
+        if wanted and (head is None or head.frame_rate is None):
+            reason = self.without_ctc if head is None else "this run's has no steady rate of labels"
             raise IsthmusError(
-                f"Word timestamps need a CTC model, and {self.without_ctc}. Name one with "
+                f"Word timestamps need a CTC model, and {reason}. Name one with "
                 "--align-model, such as isthmus/tiny-conformer."
             )
 
@@ -176,22 +183,27 @@ class Recogniser(ABC):
         return cut(_waveform(audio))
 
     def _timed(
-        self, speech: Speech, segment: Segment, frames: Tensor | None = None
+        self, speech: Speech, segment: Segment, log_probs: Tensor | None = None
     ) -> tuple[Word, ...]:
-        """The words of a segment with their times; `frames` (T, D) are the aligner's, if known."""
-        ctc = self.aligner
-        assert ctc is not None
-        weights = next(ctc.parameters())
-        if frames is None:
-            samples = torch.from_numpy(speech.waveform)[None].to(weights.device)
-            own, lengths = ctc(samples, torch.tensor([samples.shape[1]], device=weights.device))
-            frames = own[0, : int(lengths[0])]
-        log_probs = ctc.log_probs(frames[None].to(weights.dtype))[0]
-        words = align_words(log_probs.cpu(), segment.text, ctc, speech.waveform)
+        """The words of a segment with their times; `log_probs` (T, V) are those of `ctc`."""
+        head, delay = self.ctc, self.ctc_delay
+        if self.aligner is not None:
+            log_probs, head, delay = self._aligned(speech.waveform), self.aligner.ctc, None
+        assert head is not None
+        assert log_probs is not None
+        words = align_words(log_probs.cpu(), segment.text, head, speech.waveform, delay)
         if len(words) != len(segment.confidences):
             return words
         pairs = zip(words, segment.confidences, strict=True)
         return tuple(replace(word, confidence=sure) for word, sure in pairs)
+
+    def _aligned(self, waveform: np.ndarray) -> Tensor:
+        """Log-probabilities (T, V) of the aligner's units in a waveform (S,)."""
+        assert self.aligner is not None
+        assert self.aligner.ctc is not None
+        samples = torch.from_numpy(waveform)[None].to(next(self.aligner.parameters()).device)
+        frames, lengths = self.aligner(samples, torch.tensor([samples.shape[1]]).to(samples.device))
+        return self.aligner.ctc.log_probs(frames[:, : int(lengths[0])])[0]
 
     def _speech(self, audio: Audio) -> Speech:
         waveform = self.load(audio)

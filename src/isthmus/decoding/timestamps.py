@@ -5,37 +5,31 @@ says in which order and about when letters are spelled. A model with a wide view
 the outermost far from the speech, so words are then bounded by what can be heard: by the quietest
 moment near where their letters meet, the first and the last word by the ends of the sound.
 
-Shapes: S samples, T frames of the CTC model, V its units, L letters of the transcript, U = 2 L + 1
-states (a gap before each letter and after the last), N frames of loudness.
+Shapes: S samples, T labels of the CTC head, V its units, W words of the transcript, L their letters
+(units), U = 2 L + 1 states (a gap before each letter and after the last), N frames of loudness.
 """
 
-import itertools
-import unicodedata
-from pathlib import Path
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from transformers import AutoModelForCTC, AutoTokenizer
+from torch import Tensor
 
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, best_paths, label_log_probs
-from isthmus.model.encoder import ParakeetEncoder, SelfSupervisedEncoder, load_extractor
-from isthmus.model.parts import load_network, loading, model_type, resolve
+from isthmus.model.ctc_head import CTCHead
+from isthmus.model.encoder import ConformerSettings, Encoder, SelfSupervisedSettings
+from isthmus.model.parts import model_type, resolve
+from isthmus.model.spelling import WILDCARD
 from isthmus.speech.audio import SAMPLE_RATE
 
 Floats: TypeAlias = NDArray[np.float64]
 Integers: TypeAlias = NDArray[np.int64]
 
-WILDCARD = -1  # stands for a letter that the CTC model cannot spell: the likeliest of its own
 FLOOR = -1e4  # log-probability that stands for none, so that every path has a finite score
 
-# How much later than a word ends its last letter and the next word's first meet in the shipped
-# Conformer: the median over 245 boundaries of 84 synthetic voices, by which the numbers below were
-# chosen too. It is taken for every Conformer of isthmus; models of transformers have none.
-CONFORMER_DELAY = 0.16  # seconds
 PRICE = 4.0  # dB that the square of 40 ms costs a moment near that meeting
 REACH = 16  # frames of loudness: at that price none farther off can be quiet enough
 OUTER_REACH = 1.0  # seconds; sound farther than this from the outermost letters is not of theirs
@@ -44,175 +38,124 @@ SHORTEST_PAUSE = 0.15  # seconds; shorter silence, such as before a plosive, bel
 WINDOW, HOP = SAMPLE_RATE // 40, SAMPLE_RATE // 100  # samples of a frame of loudness
 RANGE_DB = 60.0  # below the loudest frame is silence
 LOUD = 0.25  # of the way from the quietest to the loudest frame, in dB, begins sound
-
-
-class PretrainedCTC(nn.Module):
-    """A CTC model of transformers with the members of ConformerCTC that alignment needs."""
-
-    def __init__(
-        self,
-        encoder: SelfSupervisedEncoder | ParakeetEncoder,
-        head: Any,
-        tokenizer: Any,
-        blank: int,
-    ):
-        super().__init__()
-        self.encoder = encoder
-        self.head = head
-        self.tokenizer = tokenizer
-        self.blank = blank
-        self.frame_rate = encoder.frame_rate
-
-    def forward(self, waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        """Waveforms (B, S) with their lengths to frames (B, T, D) with theirs."""
-        found: tuple[Tensor, Tensor] = self.encoder(waveforms, num_samples)
-        return found
-
-    def log_probs(self, frames: Tensor) -> Tensor:
-        """Log-probabilities (B, T, V) of the units, the blank among them."""
-        return label_log_probs(self.head, frames)
-
-    def greedy(self, log_probs: Tensor, num_frames: Tensor) -> list[str]:
-        """Best path: repeats joined, blanks dropped."""
-        paths = best_paths(log_probs, num_frames, self.blank)
-        # whose own joining would take the second of two letters, now that no blank parts them
-        return [str(self.tokenizer.decode(one, group_tokens=False)).strip() for one in paths]
-
-
-CTCModel: TypeAlias = ConformerCTC | PretrainedCTC
 CTC_TYPES = ("wav2vec2", "hubert", "wavlm", "parakeet_ctc")
 
 
-def load_ctc(path: str, revision: str | None = None) -> CTCModel:
-    """A CTC model to spell or align with: of `isthmus pretrain-ctc`, or one of transformers.
+def load_ctc(path: str, revision: str | None = None) -> Encoder:
+    """An encoder whose CTC head can spell: of `isthmus pretrain-ctc`, or one of transformers.
 
     Those are wav2vec 2.0, HuBERT, WavLM and Parakeet, with their own tokenizers.
     Raises IsthmusError.
     """
     folder = resolve(path, revision)
-    if (folder / FRONT_END_FILE).is_file():
-        return ConformerCTC.load(folder).eval()
     kind = model_type(folder)
     if kind not in CTC_TYPES:
         raise IsthmusError(
             f"{path} is a {kind!r} model, which cannot spell by CTC. Name a CTC model: "
             f"{', '.join(CTC_TYPES)}, or one of `isthmus pretrain-ctc`."
         )
-    network = load_network(AutoModelForCTC, folder, path)
-    if getattr(network.config, "add_adapter", False):
-        raise IsthmusError(
-            f"{path} cannot be used: it has an adapter behind its encoder (add_adapter in "
-            "config.json). Name a CTC model without one."
-        )
-    extractor, tokenizer = load_processor(folder, path, network)
-    encoder: SelfSupervisedEncoder | ParakeetEncoder
+    settings: ConformerSettings | SelfSupervisedSettings
     if kind == "parakeet_ctc":
-        encoder, head = ParakeetEncoder(network.encoder, extractor), network.ctc_head
+        settings = ConformerSettings(path=path, revision=revision)
     else:
-        encoder = SelfSupervisedEncoder(network.base_model, bool(extractor.do_normalize))
-        head = network.lm_head
-    return PretrainedCTC(encoder, head, tokenizer, int(network.config.pad_token_id)).eval()
-
-
-def load_processor(folder: Path, path: str, network: Any) -> tuple[Any, Any]:
-    """The feature extractor and the tokenizer of a recogniser; raises IsthmusError."""
-    extractor = load_extractor(folder, path)
-    with loading(path):
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    known, written = len(tokenizer), int(network.config.get_text_config(decoder=True).vocab_size)
-    if 2 * known < written:  # transformers makes an empty one where there are no files
-        raise IsthmusError(
-            f"{path}: its tokenizer knows {known} of the {written} tokens that the model writes. "
-            f"The files of the tokenizer are missing in {folder}: download it again."
+        settings = SelfSupervisedSettings.model_validate(
+            {"type": kind, "path": path, "revision": revision}
         )
-    return extractor, tokenizer
+    encoder = settings.build()
+    if encoder.ctc is None:
+        raise IsthmusError(
+            f"{path} cannot be used: it has no CTC head right behind its encoder (architectures in "
+            "config.json names none, or add_adapter an adapter between). Name a CTC model."
+        )
+    if encoder.ctc.tokenizer is None:
+        raise IsthmusError(
+            f"{path} cannot spell: the files of its tokenizer are missing in {folder} or have too "
+            "few tokens. Download it again."
+        )
+    return encoder.eval()
 
 
 def align_words(
-    log_probs: Tensor, text: str, ctc: CTCModel, waveform: np.ndarray
+    log_probs: Tensor, text: str, ctc: CTCHead, waveform: np.ndarray, delay: float | None = None
 ) -> tuple[Word, ...]:
     """The words of `text` (see `words_of`) with the times they were said at.
 
-    `log_probs` (T, V) are what `ctc` makes of `waveform` (S,), 16 kHz. Words come in the order of
-    the text, never overlap and lie within the audio. A word's confidence is the mean probability
-    of its letters in the frames that spell them. A text of more letters than there are frames for
-    is spread over the audio by its letters, with confidence 0.
+    `log_probs` (T, V) are what `ctc` makes of `waveform` (S,), 16 kHz, `delay` seconds late (the
+    head's own unless given). Words come in the order of the text, never overlap and lie within the
+    audio. A word's confidence is the mean probability of its letters in the frames that spell
+    them. A text of more letters than there are frames for is spread over the audio by its letters,
+    with confidence 0.
     """
-    words = [word[0] for word in words_of(text)]
+    words = words_of(text)
     if not words:
         return ()
-    spelled = [spell(word, ctc.tokenizer) for word in words]
-    labels = np.array([unit for units in spelled for unit in units])
-    owners = np.repeat(np.arange(len(words)), [len(units) for units in spelled])  # word of a letter
-    table, columns = trellis(log_probs, labels, owners, ctc)
-    path = best_path(table, columns, skippable(labels))
-    index = np.arange(len(words))
-    if path is None:
-        letters = np.append(np.searchsorted(owners, index), len(owners))
-        edges = letters / len(owners) * len(waveform) / SAMPLE_RATE
+    spelled = ctc.spell(text, [word.span() for word in words])
+    found = label_times(log_probs, spelled, ctc)
+    if found is None:
+        letters = np.cumsum([0, *map(len, spelled)])
+        edges = letters / letters[-1] * len(waveform) / SAMPLE_RATE
         first, last, confidences = edges[:-1], edges[1:], np.zeros(len(words))
     else:
-        frames = np.flatnonzero(path % 2)  # those that spell
-        said = owners[path[frames] // 2]
-        found = np.exp(table[frames, columns[path[frames]]])
-        confidences = np.bincount(said, found) / np.bincount(said)
-        late = lateness(ctc)
-        first = frames[np.searchsorted(said, index)] / ctc.frame_rate - late
-        last = (frames[np.searchsorted(said, index, "right") - 1] + 1) / ctc.frame_rate - late
+        late = ctc.delay if delay is None else delay
+        first, last, confidences = found[0] - late, found[1] - late, found[2]
     starts, ends = heard(first, last, waveform)
     times = zip(words, starts.tolist(), ends.tolist(), confidences.tolist(), strict=True)
-    return tuple(Word(*word) for word in times)
+    return tuple(Word(word.group(), *rest) for word, *rest in times)
 
 
-def lateness(ctc: CTCModel) -> float:
-    """Seconds by which the frames of a model run behind the sound."""
-    if isinstance(ctc, ConformerCTC):  # its front end begins with silence of its own
-        return ctc.log_mel.margin / SAMPLE_RATE + CONFORMER_DELAY
-    return 0.0
+def meetings(log_probs: Tensor, text: str, ctc: CTCHead) -> Floats:
+    """When the labels (T, V) of each word of `text` and of the next one meet, in seconds (W - 1,).
 
-
-def spell(word: str, tokenizer: Any) -> list[int]:
-    """Units of a word, at least one: of its spelling with the fewest letters unknown.
-
-    Tried are the word as it is, in small and in capital letters, and these without accents.
-    Punctuation that the model does not know is left out. A run of unknown letters (digits,
-    another script) is one wildcard.
+    Empty where there are too few labels. How much later that is than it is heard, in the median,
+    is the head's delay.
     """
-    vocabulary = tokenizer.get_vocab()
-    decomposed = unicodedata.normalize("NFKD", word)
-    bare = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
-    forms = dict.fromkeys(  # each once
-        "".join(letter for letter in form if letter.isalnum() or letter in vocabulary)
-        for base in (word, bare)
-        for form in (base, base.lower(), base.upper())
-    )
-    unknown = tokenizer.unk_token_id
-    spellings = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
-    best = min(spellings, key=lambda units: (not units, units.count(unknown)))
-    runs = itertools.groupby(WILDCARD if unit == unknown else unit for unit in best)
-    units = [unit for unit, run in runs for _ in ([unit] if unit == WILDCARD else run)]
-    return units or [WILDCARD]
+    spelled = ctc.spell(text, [word.span() for word in words_of(text)])
+    found = label_times(log_probs, spelled, ctc) if spelled else None
+    return np.empty(0) if found is None else (found[1][:-1] + found[0][1:]) / 2
+
+
+def label_times(
+    log_probs: Tensor, spelled: Sequence[Sequence[int]], ctc: CTCHead
+) -> tuple[Floats, Floats, Floats] | None:
+    """Seconds from which and to which labels (T, V) spell each word, given its units, (W,) each.
+
+    And the mean probability of its letters then. None if there are too few labels for all.
+    """
+    labels = np.array([unit for units in spelled for unit in units])
+    owners = np.repeat(np.arange(len(spelled)), [len(units) for units in spelled])  # of a letter
+    table, columns = trellis(log_probs, labels, owners, ctc)
+    path = best_path(table, columns, skippable(labels))
+    if path is None:
+        return None
+    assert ctc.frame_rate is not None
+    frames = np.flatnonzero(path % 2)  # those that spell
+    said, index = owners[path[frames] // 2], np.arange(len(spelled))
+    found = np.exp(table[frames, columns[path[frames]]])
+    first = frames[np.searchsorted(said, index)]
+    last = frames[np.searchsorted(said, index, "right") - 1] + 1
+    confidences = np.bincount(said, found) / np.bincount(said)
+    return first / ctc.frame_rate, last / ctc.frame_rate, confidences
 
 
 def trellis(
-    log_probs: Tensor, labels: Integers, owners: Integers, ctc: CTCModel
+    log_probs: Tensor, labels: Integers, owners: Integers, ctc: CTCHead
 ) -> tuple[Floats, Integers]:
-    """Log-probabilities (T, V + 2) with columns for a wildcard and for a gap between words, and
-    the column (U,) of each state.
+    """Log-probabilities (T, C) of all that a text may pass, and the column (U,) of each state.
 
     Between words a gap is the blank or the model's own word separator, within them the blank.
     """
-    table = log_probs.double().nan_to_num(nan=FLOOR, neginf=FLOOR).cpu().numpy()
-    num_units = table.shape[1]
-    delimiter = getattr(ctc.tokenizer, "word_delimiter_token", None) or " "
-    gaps = [ctc.blank, ctc.tokenizer.get_vocab().get(delimiter, ctc.blank)]
-    gap = table[:, gaps].max(axis=1)
-    wildcard = np.delete(table, gaps, axis=1).max(axis=1, initial=FLOOR)
+    gaps = torch.tensor([ctc.blank, ctc.blank if ctc.separator is None else ctc.separator])
+    units, places = np.unique(labels, return_inverse=True)
+    known = torch.from_numpy(units[units != WILDCARD])
+    parts = [log_probs[:, gaps[:1]], log_probs[:, gaps].amax(dim=1, keepdim=True)]
+    if WILDCARD in units:  # the first of them
+        others = log_probs.index_fill(1, gaps, FLOOR).nan_to_num(nan=FLOOR)
+        parts.append(others.amax(dim=1, keepdim=True))
+    table = torch.cat([*parts, log_probs[:, known]], dim=1).double()
     columns = np.empty(2 * len(labels) + 1, np.int64)
-    columns[1::2] = np.where(labels == WILDCARD, num_units, labels)
-    between = np.concatenate([[True], owners[1:] != owners[:-1], [True]])
-    columns[0::2] = np.where(between, num_units + 1, ctc.blank)
-    return np.column_stack([table, wildcard, gap]), columns
+    columns[1::2] = 2 + places
+    columns[0::2] = np.concatenate([[True], owners[1:] != owners[:-1], [True]])
+    return table.nan_to_num(nan=FLOOR, neginf=FLOOR).numpy(), columns
 
 
 def skippable(labels: Integers) -> NDArray[np.bool_]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
@@ -13,16 +14,25 @@ import torch
 from torch import Tensor
 
 from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
-from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search
-from isthmus.decoding.confidence import word_confidences
+from isthmus.decoding.beam import Hypothesis, Scorer, SearchOptions, beam_search, ranked
+from isthmus.decoding.confidence import text_distance, word_confidences
 from isthmus.decoding.draft import draft_search
+from isthmus.decoding.forced import Given, forced_hypotheses
 from isthmus.decoding.fusion import Hotwords, NGram, NGramFusion, read_arpa
-from isthmus.decoding.joint import CANDIDATES, CTCPrefixScorer, CTCSpelling
+from isthmus.decoding.joint import (
+    CANDIDATES,
+    CTCPrefixScorer,
+    Spelling,
+    TextSpelling,
+    TokenSpelling,
+)
 from isthmus.decoding.recogniser import Recogniser, Speech
-from isthmus.decoding.timestamps import CTCModel, load_ctc
+from isthmus.decoding.timestamps import load_ctc
+from isthmus.decoding.token_head import TokenHead
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerCTC
+from isthmus.model.ctc_head import CTCHead
+from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
 from isthmus.model.hub import download
 from isthmus.model.prompt import special_tokens
@@ -44,27 +54,29 @@ log = logging.getLogger(__name__)
 class Transcriber(Recogniser):
     """A run's model with its decoding settings.
 
-    The encoder's own CTC head gives words their times where there is no `aligner`. `ngram` is what
-    `settings.ngram` names, if that was read already.
+    `ctc` is the head of its encoder, if that can spell and is as it was trained, else that of its
+    projector, if that was taught to say tokens. `ngram` is what `settings.ngram` names, if that was
+    read already.
     """
 
     settings: DecodeSettings
-    ctc: ConformerCTC | None
+    encoder: Encoder
 
     def __init__(
         self,
         model: SpeechLLM,
         settings: DecodeSettings,
         cache: "FeatureCache | None" = None,
-        aligner: CTCModel | None = None,
+        aligner: Encoder | None = None,
         ngram: NGram | None = None,
     ):
         self.model = model.eval()
         self.settings = settings
         self.cache = cache
-        # The head of an encoder that was trained on does not know what its frames became.
-        self.ctc = model.encoder.ctc if model.tune["encoder"] == "frozen" else None
-        self.aligner = aligner.to(self._device) if aligner is not None else self.ctc
+        self.encoder = model.encoder
+        self.ctc = _head(model)
+        self.ctc_delay = settings.ctc_delay
+        self.aligner = aligner.to(self._device) if aligner is not None else None
         self.prompts = prompts_to_ask(model, settings.instruction)
         self.ends = model.llm.end_tokens(model.end_token)
         self.scorers = _scorers(settings, model.llm.tokenizer, ngram)
@@ -80,7 +92,7 @@ class Transcriber(Recogniser):
         greedy = settings.beam_size == 1 and not self.scorers and self.joint is None
         self.drafts = settings.drafts and greedy and self.ctc is not None
         if self.drafts:
-            log.info("greedy search reads drafts of the encoder's CTC head")
+            log.info("greedy search reads drafts of a CTC head")
 
     @property
     def _device(self) -> torch.device:
@@ -88,18 +100,24 @@ class Transcriber(Recogniser):
 
     @property
     def without_ctc(self) -> str:
-        if self.model.encoder.ctc is None:
-            return "this run's encoder has no CTC head"
+        if self.encoder.ctc is None:
+            return "this run has no CTC head, neither its encoder nor its projector"
+        if self.encoder.ctc.tokenizer is None:
+            return "the CTC head of this run's encoder has no tokenizer to spell with"
         return "this run trained its encoder (encoder.tune), for which its CTC head is too old"
 
-    def _joint(self) -> CTCSpelling | None:
-        """What spells hypotheses for the encoder's CTC head, if that has a say in the search."""
-        weight = self.settings.ctc_weight
-        if weight and self.ctc is None:
+    def _joint(self) -> Spelling | None:
+        """How the CTC head spells hypotheses, if it has a say in the search."""
+        weight, ctc = self.settings.ctc_weight, self.ctc
+        if not weight:
+            return None
+        if ctc is None:
             raise IsthmusError(
                 f"decode.ctc_weight is {weight}, but {self.without_ctc}. Set it to 0."
             )
-        return CTCSpelling(self.model.llm.tokenizer, self.ctc) if weight and self.ctc else None
+        if isinstance(ctc, TokenHead):
+            return TokenSpelling(ctc)
+        return TextSpelling(self.model.llm.tokenizer, ctc)
 
     @cached_property
     def longest(self) -> float:
@@ -131,19 +149,34 @@ class Transcriber(Recogniser):
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         frames = self._frames(speech)
-        segments = [
-            self._segment(one, hypotheses)
-            for one, hypotheses in zip(speech, self._search(speech, frames), strict=True)
-        ]
+        ctc = self.ctc
+        heard = [] if ctc is None else [ctc.log_probs(own[None])[0].cpu() for own in frames]
+        found = self._search(speech, frames, heard)
+        segments = list(map(self._segment, speech, found))
+        if ctc is not None:
+            segments = [
+                replace(one, ctc_distance=text_distance(one.text, ctc.text(ctc.best_path(own))))
+                for one, own in zip(segments, heard, strict=True)
+            ]
+        segments = [replace(one, doubtful=self._doubts(one)) for one in segments]
         if not words:
             return segments
-        known = self.aligner is self.ctc
+        rows = zip_longest(speech, segments, heard)  # none is heard where there is no head
         return [
-            replace(segment, words=self._timed(one, segment, own if known else None))
-            for one, own, segment in zip(speech, frames, segments, strict=True)
+            replace(segment, words=self._timed(one, segment, own)) for one, segment, own in rows
         ]
 
-    def _search(self, speech: Sequence[Speech], frames: Sequence[Tensor]) -> list[list[Hypothesis]]:
+    def _doubts(self, segment: Segment) -> bool:
+        """Whether it is less certain, or farther from what the CTC head heard, than allowed."""
+        distance, settings = segment.ctc_distance, self.settings
+        if segment.confidence < settings.min_confidence:
+            return True
+        return distance is not None and distance > settings.max_ctc_distance
+
+    def _search(
+        self, speech: Sequence[Speech], frames: Sequence[Tensor], heard: Sequence[Tensor]
+    ) -> list[list[Hypothesis]]:
+        """`heard` are the log-probabilities (T, V) of the CTC head, if there is one."""
         model, settings = self.model, self.settings
         groups = [[one] for one in frames] if settings.strict else [list(frames)]
         audio = [embeddings for group in groups for embeddings in model.project(group)]
@@ -156,7 +189,7 @@ class Transcriber(Recogniser):
             return draft_search(
                 model.llm,
                 prompts,
-                [self._draft(own) for own in frames],
+                [self._best_path(own) for own in heard],
                 limits,
                 self.ends,
                 length_penalty=settings.length_penalty,
@@ -164,9 +197,8 @@ class Transcriber(Recogniser):
             )
         scorers = self.scorers
         if self.joint is not None:
-            heard = [self._ctc_log_probs(own) for own in frames]
             scorers = [*scorers, CTCPrefixScorer(self.joint, heard, settings.ctc_weight)]
-        return beam_search(
+        found = beam_search(
             model.llm,
             prompts,
             limits,
@@ -176,19 +208,51 @@ class Transcriber(Recogniser):
             options=self.options,
             scorers=scorers,
         )
+        if self.joint is None:
+            return found
+        paths = [
+            Given(place, path)
+            for place, path in enumerate(map(self._best_path, heard))
+            if len(path) < limits[place] and not self._is_found(path, found[place])
+        ]
+        return self._with_paths(found, prompts, paths, scorers)
 
-    def _draft(self, frames: Tensor) -> list[int]:
-        """What the encoder's CTC head reads in frames (T, D), in tokens of the LLM."""
+    def _with_paths(
+        self,
+        found: list[list[Hypothesis]],
+        prompts: Sequence[Tensor],
+        paths: Sequence[Given],
+        scorers: Sequence[Scorer],
+    ) -> list[list[Hypothesis]]:
+        """The hypotheses of each utterance, with best paths of CTC among them.
+
+        The LLM that says a word wrong may never come back to what both find likely.
+        """
+        strict, penalty = self.settings.strict, self.settings.length_penalty
+        for group in [[one] for one in paths] if strict else [list(paths)] if paths else []:
+            scored = forced_hypotheses(
+                self.model.llm, prompts, group, self.ends, length_penalty=penalty, scorers=scorers
+            )
+            for one, hypothesis in zip(group, scored, strict=True):
+                beams = [*found[one.utterance], hypothesis]
+                found[one.utterance] = ranked(beams)[: self.settings.beam_size]
+        return found
+
+    def _is_found(self, path: Sequence[int], beams: Sequence[Hypothesis]) -> bool:
+        """Whether the search has come to the same end itself, or may not."""
+        never = {*self.options.forbidden, *self.ends}
+        ended = (one.tokens for one in beams if one.finish_reason == "stop")
+        return list(path) in ended or not never.isdisjoint(path)
+
+    def _best_path(self, log_probs: Tensor) -> list[int]:
+        """What the CTC head says (T, V), in tokens of the LLM."""
         assert self.ctc is not None
-        length = torch.tensor([len(frames)])
-        (text,) = self.ctc.greedy(self._ctc_log_probs(frames)[None], length)
-        return self.model.transcript_tokens(text)
-
-    def _ctc_log_probs(self, frames: Tensor) -> Tensor:
-        """Log-probabilities (T, V) of the units of the encoder's CTC head in frames (T, D)."""
-        ctc = self.ctc
-        assert ctc is not None
-        return ctc.log_probs(frames[None].to(ctc.network.dtype))[0].cpu()
+        path = self.ctc.best_path(log_probs)
+        if isinstance(self.ctc, TokenHead):
+            return path
+        text = self.ctc.text(path)
+        # a head of capital letters knows no others, and few transcripts are all capitals
+        return self.model.transcript_tokens(text.lower() if text.isupper() else text)
 
     def _frames(self, speech: Sequence[Speech]) -> list[Tensor]:
         """The encoder's frames (T, D) of each."""
@@ -236,6 +300,15 @@ class Transcriber(Recogniser):
         return text.strip()
 
 
+def _head(model: SpeechLLM) -> CTCHead | None:
+    """The CTC head that knows what a model's frames are."""
+    own = model.encoder.ctc
+    # That of an encoder that was trained on does not know what its frames became.
+    if own is not None and own.tokenizer is not None and model.tune["encoder"] == "frozen":
+        return own
+    return TokenHead(model) if model.projector.ctc is not None else None
+
+
 class DecodeChanges(TypedDict, total=False):
     """Settings under `decode`, each to be replaced; None leaves the run's own."""
 
@@ -254,9 +327,12 @@ class DecodeChanges(TypedDict, total=False):
     ngram: str | None
     ngram_weight: float | None
     ctc_weight: float | None
+    ctc_delay: float | None
     deadline: float | None
     nbest: int | None
     instruction: str | None
+    min_confidence: float | None
+    max_ctc_distance: float | None
 
 
 def load(
@@ -266,7 +342,7 @@ def load(
     align_model: str | None = None,
     **settings: Unpack[DecodeChanges],
 ) -> Transcriber:
-    """The transcriber of a run folder, or of the shipped tiny system (`default`).
+    """The transcriber of a run, `base` and `tiny` among them, or what reads best here (`default`).
 
     `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
     one. `align_model`: a CTC model that tells when words were said. Further arguments are those of
@@ -317,5 +393,5 @@ def _scorers(settings: DecodeSettings, tokenizer: Any, ngram: NGram | None) -> l
 
 
 def run_folder(run: str | Path) -> Path:
-    """The folder of a run; `default` is the shipped one, `owner/name` one of the hub."""
+    """The folder of a run; `base`, `tiny` and `default` ship, `owner/name` is one of the hub."""
     return local_run(run) or download(str(run), None, RUN_FILES)

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -72,6 +72,13 @@ class Segment:
     words: tuple[Word, ...] = ()  # with word timestamps only
     alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
     confidences: tuple[float, ...] = ()  # of its words (words_of), 0 to 1
+    ctc_distance: float | None = None  # from what the CTC head heard, 0 to 1
+    doubtful: bool = False  # the system seems out of its depth
+
+    @property
+    def confidence(self) -> float:
+        """Geometric mean of the tokens' probabilities, 0 to 1; 1 where nothing was heard."""
+        return _confidence(self.token_log_probs)
 
     def shifted(self, seconds: float) -> "Segment":
         """The same, that much later."""
@@ -113,10 +120,26 @@ class Transcript:
     @property
     def confidence(self) -> float:
         """Geometric mean of the tokens' probabilities, 0 to 1; 1 where nothing was heard."""
-        found = [value for segment in self.segments for value in segment.token_log_probs]
-        return math.exp(sum(found) / len(found)) if found else 1.0
+        return _confidence([v for segment in self.segments for v in segment.token_log_probs])
+
+    @property
+    def doubtful(self) -> bool:
+        """Whether the system seems out of its depth in any segment."""
+        return any(segment.doubtful for segment in self.segments)
+
+    @property
+    def ctc_distance(self) -> float | None:
+        """Mean over time of the segments' own, of those that have one; None if there is none."""
+        pairs = [(s.ctc_distance, s.end - s.start) for s in self.segments]
+        known = [(distance, seconds) for distance, seconds in pairs if distance is not None]
+        total = sum(seconds for _, seconds in known)
+        return sum(one * seconds for one, seconds in known) / total if total else None
 
     @property
     def score(self) -> float:
         """Mean of the segments' scores."""
         return sum(s.score for s in self.segments) / max(1, len(self.segments))
+
+
+def _confidence(log_probs: Sequence[float]) -> float:
+    return math.exp(sum(log_probs) / len(log_probs)) if log_probs else 1.0

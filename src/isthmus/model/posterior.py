@@ -44,6 +44,9 @@ class PosteriorProjector(Projector):
         found: tuple[Tensor, Tensor] = self.inner(frames, num_frames)
         return found
 
+    def spoken_length(self, num_frames: int) -> int | None:
+        return self.inner.spoken_length(num_frames)
+
     def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         rows = zip(spoken, lengths.tolist(), strict=True)
         soft = [self._soft_tokens(row[:length]) for row, length in rows]

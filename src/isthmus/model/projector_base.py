@@ -25,7 +25,7 @@ class Projector(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.ctc: TokenCTC | None = None
-        """What reads the LLM's tokens off the embeddings of `spoken`, where they are taught to it."""
+        """What reads the LLM's tokens off the embeddings of `spoken`, where it is taught to."""
 
     @abstractmethod
     def output_length(self, num_frames: int) -> int:
@@ -35,12 +35,16 @@ class Projector(nn.Module):
     def forward(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]: ...
 
     def spoken(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        """The embeddings (B, A, E), with their lengths, that `ctc` reads: the first half of forward.
+        """The embeddings (B, A, E), with their lengths, that `ctc` reads: forward's first half.
 
         All of it, unless the LLM is given something else than what is read.
         """
         found: tuple[Tensor, Tensor] = self(frames, num_frames)
         return found
+
+    def spoken_length(self, num_frames: int) -> int | None:
+        """Embeddings that `spoken` makes of frames; None if that depends on what is heard."""
+        return self.output_length(num_frames) if self.exact else None
 
     def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The audio embeddings that come of `spoken`, with their lengths: the second half."""

@@ -3,7 +3,9 @@
 To add a kind: a settings class here with `tokenizer`, and its name in UnitSettings below.
 """
 
+import itertools
 import json
+import unicodedata
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from isthmus.model.parts import PartSettings
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK, UNKNOWN = "<blank>", "<unk>"
+WILDCARD = -1  # stands for letters that units cannot spell: the likeliest of its own
 WORD_BORDER = "\u2581"  # stands for the space before a word in sentence pieces
 
 
@@ -95,3 +98,26 @@ def letters_known(tokenizer: Any) -> set[str]:
     units = tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens)
     letters = {letter for unit in units for letter in unit}
     return letters | {" "} if WORD_BORDER in letters else letters
+
+
+def spell(word: str, tokenizer: Any) -> list[int]:
+    """Units of a word, at least one: of its spelling with the fewest letters unknown.
+
+    Tried are the word as it is, in small and in capital letters, and these without accents.
+    Punctuation that the model does not know is left out. A run of unknown letters (digits,
+    another script) is one wildcard.
+    """
+    vocabulary = tokenizer.get_vocab()
+    decomposed = unicodedata.normalize("NFKD", word)
+    bare = "".join(letter for letter in decomposed if not unicodedata.combining(letter))
+    forms = dict.fromkeys(  # each once
+        "".join(letter for letter in form if letter.isalnum() or letter in vocabulary)
+        for base in (word, bare)
+        for form in (base, base.lower(), base.upper())
+    )
+    unknown = tokenizer.unk_token_id
+    spellings = [tokenizer(form, add_special_tokens=False)["input_ids"] for form in forms]
+    best = min(spellings, key=lambda units: (not units, units.count(unknown)))
+    runs = itertools.groupby(WILDCARD if unit == unknown else unit for unit in best)
+    units = [unit for unit, run in runs for _ in ([unit] if unit == WILDCARD else run)]
+    return units or [WILDCARD]

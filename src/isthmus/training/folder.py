@@ -1,6 +1,8 @@
 """What can be said of a run folder without torch: where it lies, its files, if we can read it."""
 
+import logging
 import re
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,17 +14,22 @@ RECIPE, ENVIRONMENT, MODEL = "recipe.yaml", "environment.json", "model"
 PARTS = "parts.json"
 BEST, CHECKPOINTS = "best", "checkpoints"
 CONFIG = "config.json"  # which every folder of a pretrained model has
-DEFAULT = "default"  # the run that ships
-SHIPPED_RUN = Path(__file__).resolve().parent.parent / "assets" / DEFAULT
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+BASE, TINY, DEFAULT = "base", "tiny", "default"
+SHIPPED_RUNS = {name: ASSETS / name for name in (BASE, TINY)}
+log = logging.getLogger(__name__)
 
 
 def local_run(run: str | Path) -> Path | None:
     """The folder of a run, checked; None for `owner/name`, which the hub may have.
 
+    `base` and `tiny` are the runs that ship, `default` is one of them.
+
     Raises IsthmusError for what is no run folder, or one that a newer isthmus wrote.
     """
-    if str(run) == DEFAULT:
-        return SHIPPED_RUN
+    name = default_system() if str(run) == DEFAULT else str(run)
+    if name in SHIPPED_RUNS and SHIPPED_RUNS[name].is_dir():
+        return SHIPPED_RUNS[name]
     folder = Path(run)
     if folder.is_dir():
         check_run(folder)
@@ -31,9 +38,31 @@ def local_run(run: str | Path) -> Path | None:
     if of_hub and not str(run).startswith("runs/"):
         return None
     raise IsthmusError(
-        f"No run folder {str(run)!r}. Name one that `isthmus train` made, or `default`; a model of "
-        "Hugging Face is named owner/name."
+        f"No run folder {str(run)!r}. Name one that `isthmus train` made, or base or tiny; a model "
+        "of Hugging Face is named owner/name."
     )
+
+
+@cache
+def default_system() -> str:
+    """What reads where no system is named: base, if its parts are there or can be had, else tiny.
+
+    Decided once in a process, which tells why it is tiny.
+    """
+    from isthmus.model.fetch import SYSTEMS, require_parts
+
+    if not SHIPPED_RUNS[BASE].is_dir():
+        return TINY
+    try:
+        require_parts(SYSTEMS[BASE])
+    except IsthmusError as error:
+        log.warning(
+            "tiny reads, which knows digits, commands, keywords and orders in a coffee shop alone. "
+            "For other English get base: isthmus fetch base. (%s)",
+            error,
+        )
+        return TINY
+    return BASE
 
 
 def local_system(name: str | Path) -> Path | None:

@@ -33,22 +33,31 @@ def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
     it was trained with.
     """
     check_run(folder)
-    recover_folder(folder / BEST)
-    weights = folder / BEST
-    if not weights.is_dir():
-        newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
-        if newest is None:
-            raise IsthmusError(
-                f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
-                + "".join(f" {fault}" for fault in faults)
-            )
-        log.info("%s was never validated: its newest checkpoint %s", folder, newest.name)
-        weights = newest
+    weights = trained_weights(folder)
+    if weights.name != BEST:
+        log.info("%s was never validated: its newest checkpoint %s", folder, weights.name)
     recipe = as_recorded(stored_recipe(folder), folder)
     compare_sources(recipe, folder)
     model = recipe.build()
     checkpoint.load_weights(weights, model.trained_state())
     return model.to(choose_device()).eval(), recipe
+
+
+def trained_weights(folder: Path) -> Path:
+    """What of a run is loaded: its best weights, or else its newest checkpoint.
+
+    Raises IsthmusError where there is neither.
+    """
+    recover_folder(folder / BEST)
+    if (folder / BEST).is_dir():
+        return folder / BEST
+    newest, faults = checkpoint.newest_checkpoint(folder / CHECKPOINTS)
+    if newest is None:
+        raise IsthmusError(
+            f"{folder} has no trained weights yet. Go on with `isthmus train --resume`."
+            + "".join(f" {fault}" for fault in faults)
+        )
+    return newest
 
 
 def begin_from(model: SpeechLLM, run: str) -> str:
@@ -122,9 +131,15 @@ def compare_sources(recipe: Experiment, folder: Path) -> None:
     """What a run starts from is stored by checksum only: it must still be the same."""
     recorded = read_json(folder / PARTS)
     for name, part in recipe.sources().items():
-        if recorded.get(name, {}).get("sha256") != part.sha256:
+        then = recorded.get(name, {}).get("sha256", {})
+        different = [
+            f"{file} (SHA-256 {then.get(file, 'none')} then, {part.sha256.get(file, 'none')} now)"
+            for file in sorted({*then, *part.sha256})
+            if then.get(file) != part.sha256.get(file)
+        ]
+        if different:
             raise IsthmusError(
-                f"{folder} was trained with other files of the {name} {part.name}: their "
-                f"SHA-256 in {PARTS} differ from those found now. Restore them; for a model of "
-                "the hub, pin the revision."
+                f"{folder} was trained with other files of the {name} {part.name}: "
+                f"{', '.join(different[:3])}{' and others' * (len(different) > 3)}. Restore them; "
+                "for a model of the hub, pin the revision."
             )

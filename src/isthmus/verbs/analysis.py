@@ -50,7 +50,7 @@ def emergence(
 
 @analyse.command()
 def alignment(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or `default`.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or base, tiny.")],
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
     ],
@@ -138,7 +138,7 @@ def presets(as_json: Json = False) -> None:
 
 @analyse.command("text-ability")
 def text_ability(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or `default`.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or base, tiny.")],
     text: Annotated[
         str, typer.Argument(metavar="TEXT", help="A file of a text a line, or corpus.")
     ],
@@ -287,6 +287,23 @@ def _print_table(table: "Table") -> None:
     for claim, verdict, figures in table.verdicts:
         console.print(Text(f"{claim.says} {verdict.capitalize()}. {figures}"))
     console.print(Text(f"{table.plan.folder / table.plan.name}.html"), soft_wrap=True)
+
+
+@app.command("export-run")
+def export_run(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A new folder.")],
+    as_json: Json = False,
+) -> None:
+    """Write a run so that it can be read on any machine, what it trained in bfloat16."""
+    from isthmus.decoding.transcriber import run_folder
+    from isthmus.training.export import export_run as job
+
+    num_bytes = job(run_folder(run), folder)
+    if as_json:
+        print_json({"run": str(folder), "bytes": num_bytes})
+    else:
+        typer.echo(f"{num_bytes / 1e6:.1f} MB were trained: {folder}")
 
 
 @app.command("export-adapter")

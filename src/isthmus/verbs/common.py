@@ -46,7 +46,7 @@ Normaliser = Annotated[
 ]
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Run, or `default`, or a model such as Whisper."),
+    typer.Option("--model", "-m", help="Run, or base, tiny, or a model such as Whisper."),
 ]
 Language = Annotated[
     str | None,

@@ -15,6 +15,7 @@ app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
+    from isthmus.decoding.transcript import Transcript
 
 
 Instruction = Annotated[
@@ -123,13 +124,14 @@ def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
     from isthmus.decoding.formats import PLAIN, check_outputs
     from isthmus.decoding.inputs import are_corpora
-    from isthmus.training.folder import local_system
+    from isthmus.training.folder import DEFAULT, local_system
 
     words = options.word_timestamps or options.layout != PLAIN
-    folder = local_system(options.model)
+    if options.model != DEFAULT:  # which may have to be downloaded: only for good recordings
+        local_system(options.model)
     if corpora := are_corpora(options.audio):
         _check_corpora(options)
-    _check_nbest(options, folder)
+    _check_nbest(options)
     if corpora:
         _transcribe_corpora(options)
         return
@@ -179,18 +181,21 @@ def _check_corpora(options: TranscribeOptions) -> None:
                 _no_effect(flag, "on corpora without --word-timestamps")
 
 
-def _check_nbest(options: TranscribeOptions, run: Path | None) -> None:
+def _check_nbest(options: TranscribeOptions) -> None:
     """Raise IsthmusError where more hypotheses are asked for than are kept."""
-    from isthmus.training.folder import RECIPE
+    from isthmus.training.folder import RECIPE, local_system
 
+    if not options.nbest:
+        return
     beam = options.beam_size
+    run = local_system(options.model) if beam is None else None
     recipe = run / RECIPE if run is not None else None
-    if options.nbest and beam is None and recipe is not None and recipe.is_file():
+    if recipe is not None and recipe.is_file():
         from isthmus.recipe_files import parse_yaml
 
         stored = parse_yaml(recipe.read_text(encoding="utf-8"))
         beam = (stored.get("decode") or {}).get("beam_size")  # runs have every default in theirs
-    if options.nbest and beam is not None and options.nbest > beam:
+    if beam is not None and options.nbest > beam:
         raise IsthmusError(
             f"--nbest {options.nbest} is more than --beam-size {beam}, the hypotheses that are "
             f"kept. Add --beam-size {options.nbest}, or ask for fewer."
@@ -228,6 +233,8 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
                 if heard.finish_reason not in ("stop", "no_speech"):
                     cut = f"the end of a text is missing or made up ({heard.finish_reason})"
                     typer.echo(f"warning: {name}: {cut}.", err=True)
+                if heard.doubtful:
+                    typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
                 if folder is not None:
                     form = options.output_format or "all"
                     file = options.files[index]
@@ -252,6 +259,14 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
                 typer.echo(f"{name}: {text}" if len(names) > 1 else text)
     if failed:
         raise typer.Exit(1)
+
+
+def _doubt(heard: "Transcript") -> str:
+    """Why the text should not be trusted."""
+    facts = [f"it is {heard.confidence:.0%} sure"]
+    if heard.ctc_distance is not None:
+        facts.append(f"its CTC head heard {heard.ctc_distance:.0%} of the letters otherwise")
+    return f"the system seems out of its depth ({', '.join(facts)})"
 
 
 def _transcribe_corpora(options: TranscribeOptions) -> None:
@@ -290,7 +305,7 @@ class EvaluateOptions:
 
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Run, or `default`, or a model such as Whisper."),
+        typer.Argument(metavar="RUN", help="Run, or base, tiny, or a model such as Whisper."),
     ]
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")

@@ -31,17 +31,34 @@ if TYPE_CHECKING:
 @app.command()
 def quickstart(
     audio: Annotated[
-        list[Path] | None, typer.Argument(help="Recordings of yours to transcribe with the result.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="[FILES]…",
+            help="Recordings of yours to transcribe with the result; with --real corpora of yours.",
+        ),
     ] = None,
+    real: Annotated[
+        bool, typer.Option("--real", help="Train the ears of base on corpora of yours.")
+    ] = False,
     output_dir: Annotated[
-        Path | None, typer.Option("--output-dir", "-o", help="A new folder; runs/quickstart.")
+        Path | None,
+        typer.Option("--output-dir", "-o", help="A new folder; runs/quickstart or runs/real."),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Watch a projector learn to join two frozen models, then read held-out voices with it."""
     from isthmus.quickstart import free_folder, run
 
-    result = run(output_dir or free_folder(), audio or [])
+    if real:
+        from isthmus.quickstart_real import run as run_real
+        from isthmus.speech.utterances import find_corpus
+
+        corpora = [str(find_corpus(corpus)) for corpus in audio or []]
+        if not corpora:
+            raise IsthmusError("--real needs recordings with texts: name their manifest or folder.")
+        result = run_real(output_dir or free_folder(Path("runs/real")), corpora)
+    else:
+        result = run(output_dir or free_folder(), audio or [])
     if as_json:
         print_json(result)
 
