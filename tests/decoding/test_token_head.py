@@ -124,6 +124,24 @@ ENCODERS = ["whisper", "wav2vec2-ctc", "wavlm-ctc", "conformer"]
 
 
 @pytest.mark.parametrize("encoder", ENCODERS)
+def test_any_head_times_words_and_is_scored_alone(
+    build: Build, speech: list[Speech], encoder: str
+) -> None:
+    transcriber = build(encoder)
+    alone = CTCRecogniser(transcriber.encoder, transcriber.settings, transcriber.ctc)
+    texts = [one.text for one in alone.transcribe([one.waveform for one in speech])]
+    assert texts == [said(transcriber, one)[1] for one in speech]
+    heard = transcriber._hear(speech, words=True)
+    for segment, text, one in zip(heard, texts, speech, strict=True):
+        assert segment.ctc_distance == pytest.approx(text_distance(segment.text, text))
+        words = segment.words
+        assert [word.text for word in words] == [word[0] for word in words_of(segment.text)]
+        assert all(0 <= word.start <= word.end <= one.seconds for word in words)
+        assert all(first.end <= second.start for first, second in pairwise(words))
+    assert any(segment.words for segment in heard)
+
+
+@pytest.mark.parametrize("encoder", ENCODERS)
 @pytest.mark.parametrize("llm", ["llama", "qwen2"])
 def test_drafts_of_any_head_change_no_text(
     build: Build, speech: list[Speech], encoder: str, llm: str, monkeypatch: pytest.MonkeyPatch
@@ -146,9 +164,12 @@ def test_drafts_of_any_head_change_no_text(
 
 
 def test_a_draft_is_the_best_path_itself(taught: Transcriber, speech: list[Speech]) -> None:
+    head = taught.ctc
+    assert head is not None
     for one in speech:
         log_probs, text = said(taught, one)
-        assert taught._best_path(log_probs) == taught.model.transcript_tokens(text)
+        units = head.best_path(log_probs)
+        assert taught._tokens(units) == units == taught.model.transcript_tokens(text)
 
 
 def test_capitals_are_drafts_of_small_letters(build: Build) -> None:
@@ -156,9 +177,8 @@ def test_capitals_are_drafts_of_small_letters(build: Build) -> None:
     head = transcriber.ctc
     assert head is not None
     units = [head.tokenizer.get_vocab()[letter] for letter in "GO|LEFT"]
-    path = torch.nn.functional.one_hot(torch.tensor(units), 32).float()
-    assert head.text(head.best_path(path)) == "GO LEFT"
-    assert transcriber._best_path(path) == transcriber.model.transcript_tokens("go left")
+    assert head.text(units) == "GO LEFT"
+    assert transcriber._tokens(units) == transcriber.model.transcript_tokens("go left")
 
 
 @pytest.mark.parametrize("strict", [True, False])

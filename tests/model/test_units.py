@@ -54,7 +54,7 @@ def test_nothing_but_blanks_is_one_embedding(mode: Mode) -> None:
     torch.testing.assert_close(compress(mode, [0, 0, 0]), torch.tensor([[2.0, 0, 0]]))
 
 
-@pytest.mark.parametrize("name", ["conformer", "parakeet"])
+@pytest.mark.parametrize("name", ["conformer", "parakeet", "wav2vec2-ctc"])
 def test_labels_are_those_of_the_encoders_head(
     name: str, encoder_settings: SettingsOf, load_llm: Callable[..., LLM], waves: Any
 ) -> None:

@@ -149,21 +149,21 @@ class Transcriber(Recogniser):
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         frames = self._frames(speech)
-        ctc = self.ctc
-        heard = [] if ctc is None else [ctc.log_probs(own[None])[0].cpu() for own in frames]
-        found = self._search(speech, frames, heard)
-        segments = list(map(self._segment, speech, found))
-        if ctc is not None:
-            segments = [
-                replace(one, ctc_distance=text_distance(one.text, ctc.text(ctc.best_path(own))))
-                for one, own in zip(segments, heard, strict=True)
-            ]
+        said, heard = list[list[int]](), list[Tensor]()
+        if self.ctc is not None:
+            for own in frames:
+                log_probs = self.ctc.log_probs(own[None])[0]
+                said.append(self.ctc.best_path(log_probs))
+                if words or self.joint is not None:  # else so much is not kept
+                    heard.append(log_probs.cpu())
+        hypotheses = self._search(speech, frames, said, heard)
+        segments = list(map(self._segment, speech, hypotheses, said or [[]] * len(speech)))
         segments = [replace(one, doubtful=self._doubts(one)) for one in segments]
         if not words:
             return segments
-        rows = zip_longest(speech, segments, heard)  # none is heard where there is no head
         return [
-            replace(segment, words=self._timed(one, segment, own)) for one, segment, own in rows
+            replace(segment, words=self._timed(one, segment, own))
+            for one, segment, own in zip_longest(speech, segments, heard)
         ]
 
     def _doubts(self, segment: Segment) -> bool:
@@ -174,9 +174,16 @@ class Transcriber(Recogniser):
         return distance is not None and distance > settings.max_ctc_distance
 
     def _search(
-        self, speech: Sequence[Speech], frames: Sequence[Tensor], heard: Sequence[Tensor]
+        self,
+        speech: Sequence[Speech],
+        frames: Sequence[Tensor],
+        said: Sequence[list[int]],
+        heard: Sequence[Tensor],
     ) -> list[list[Hypothesis]]:
-        """`heard` are the log-probabilities (T, V) of the CTC head, if there is one."""
+        """`said` are the units of the CTC head's best paths, `heard` its log-probabilities (T, V).
+
+        None where there is no head, or nobody asks.
+        """
         model, settings = self.model, self.settings
         groups = [[one] for one in frames] if settings.strict else [list(frames)]
         audio = [embeddings for group in groups for embeddings in model.project(group)]
@@ -189,7 +196,7 @@ class Transcriber(Recogniser):
             return draft_search(
                 model.llm,
                 prompts,
-                [self._best_path(own) for own in heard],
+                list(map(self._tokens, said)),
                 limits,
                 self.ends,
                 length_penalty=settings.length_penalty,
@@ -212,7 +219,7 @@ class Transcriber(Recogniser):
             return found
         paths = [
             Given(place, path)
-            for place, path in enumerate(map(self._best_path, heard))
+            for place, path in enumerate(map(self._tokens, said))
             if len(path) < limits[place] and not self._is_found(path, found[place])
         ]
         return self._with_paths(found, prompts, paths, scorers)
@@ -244,13 +251,12 @@ class Transcriber(Recogniser):
         ended = (one.tokens for one in beams if one.finish_reason == "stop")
         return list(path) in ended or not never.isdisjoint(path)
 
-    def _best_path(self, log_probs: Tensor) -> list[int]:
-        """What the CTC head says (T, V), in tokens of the LLM."""
+    def _tokens(self, units: list[int]) -> list[int]:
+        """What the CTC head says, in tokens of the LLM."""
         assert self.ctc is not None
-        path = self.ctc.best_path(log_probs)
         if isinstance(self.ctc, TokenHead):
-            return path
-        text = self.ctc.text(path)
+            return units
+        text = self.ctc.text(units)
         # a head of capital letters knows no others, and few transcripts are all capitals
         return self.model.transcript_tokens(text.lower() if text.isupper() else text)
 
@@ -272,17 +278,21 @@ class Transcriber(Recogniser):
         """Tokens that a transcript may have, its end token among them."""
         return math.ceil(seconds * self.settings.tokens_per_second) + self.settings.extra_tokens
 
-    def _segment(self, speech: Speech, hypotheses: Sequence[Hypothesis]) -> Segment:
-        best = hypotheses[0]
+    def _segment(
+        self, speech: Speech, hypotheses: Sequence[Hypothesis], said: Sequence[int]
+    ) -> Segment:
+        best, ctc = hypotheses[0], self.ctc
+        text = self._text(best)
         return Segment(
             0.0,
             speech.seconds,
-            self._text(best),
+            text,
             score=best.score,
             finish_reason=best.finish_reason,
             tokens=tuple(best.tokens),
             token_log_probs=tuple(best.log_probs),
             confidences=self._confidences(best),
+            ctc_distance=None if ctc is None else text_distance(text, ctc.text(said)),
             alternatives=tuple(
                 Alternative(self._text(one), one.score)
                 for one in hypotheses[1 : self.settings.nbest]
