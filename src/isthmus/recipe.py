@@ -83,6 +83,16 @@ class Recipe(Experiment):
         return self
 
     @model_validator(mode="after")
+    def _tokens_stay(self) -> "Recipe":
+        says = self.projector.type == "ctc-posterior" or self.train.ctc_weight > 0
+        if self.llm.tune == "full" and says:
+            raise ValueError(
+                "llm.tune full moves the token embeddings that CTC compares audio with: tune the "
+                "LLM by lora, or set train.ctc_weight to 0 and take another projector"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _windows_are_filled(self) -> "Recipe":
         projector, longest = self.projector, self.data.max_seconds
         if isinstance(projector, QFormerSettings) and projector.window_seconds > longest:

@@ -179,7 +179,11 @@ def test_gradients_reach_every_parameter(projector: Projector) -> None:
     lengths = torch.tensor([30, 0, 1, 12])  # also beside utterances too short for an embedding
     embeddings, counts = projector(torch.randn(4, 30, D), lengths)
     rows = [row[:count] for row, count in zip(embeddings, counts.tolist(), strict=True)]
-    torch.cat(rows).sin().sum().backward()
+    loss = torch.cat(rows).sin().sum()
+    if projector.ctc is not None:  # which learns what is blank
+        heard, _ = projector.spoken(torch.randn(1, 30, D), torch.tensor([30]))
+        loss = loss + projector.ctc.loss([heard[0]], [[3, 4]])[0]
+    loss.backward()
     for name, value in projector.named_parameters():
         assert value.grad is not None, name
         assert value.grad.isfinite().all(), name

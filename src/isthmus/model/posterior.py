@@ -57,17 +57,22 @@ class PosteriorProjector(Projector):
         """Embeddings (A, E) of an utterance to its soft tokens (S, E)."""
         if len(embeddings) == 0:
             return embeddings
-        log_probs = self.ctc.log_probs(embeddings) / self.temperature
-        probs, tokens = log_probs.softmax(dim=-1)[:, :-1].topk(MIXED, dim=-1)  # (A, C)
-        blank = (log_probs[:, -1] - log_probs.logsumexp(dim=-1)).detach().exp()
+        with torch.no_grad():
+            log_probs = self.ctc.log_probs(embeddings, self.temperature)
+            likely, tokens = log_probs[:, :-1].topk(MIXED, dim=-1)  # (A, C)
+            blank = log_probs[:, -1].exp()
         spoken = blank < max(SILENCE, float(blank.min()) + 1e-6)  # at least one
         runs = _runs(spoken, tokens[:, 0])
-        weights = probs[spoken]
-        mixed = weights[:, :, None] * self.ctc.llm.embed(tokens[spoken]).to(weights)
-        count = int(runs[-1]) + 1
-        sums = weights.new_zeros(count, mixed.shape[2]).index_add(0, runs, mixed.sum(dim=1))
-        shares = weights.new_zeros(count).index_add(0, runs, weights.sum(dim=1))
-        return sums / shares[:, None]
+        tokens = tokens[spoken]
+        with torch.autocast(embeddings.device.type, enabled=False):
+            scores = self.ctc.scores(embeddings[spoken], tokens) / self.temperature
+            # the values of log_probs; all that they are normalised by has no gradient
+            weights = (likely[spoken] + scores - scores.detach()).exp()
+            mixed = torch.einsum("sc,sce->se", weights, self.ctc.llm.embed(tokens).to(weights))
+            count = int(runs[-1]) + 1
+            sums = weights.new_zeros(count, mixed.shape[1]).index_add(0, runs, mixed)
+            shares = weights.new_zeros(count).index_add(0, runs, weights.sum(dim=1))
+            return sums / shares[:, None]
 
 
 def _runs(spoken: Tensor, best: Tensor) -> Tensor:

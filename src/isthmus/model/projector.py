@@ -172,7 +172,13 @@ class TransformerProjector(Projector):
         self.linear1 = nn.Linear(self.downsample_rate * encoder_dim, hidden)
         self.layers = nn.ModuleList(
             nn.TransformerEncoderLayer(
-                hidden, settings.heads, 4 * hidden, 0.0, "gelu", batch_first=True, norm_first=True
+                hidden,
+                settings.heads,
+                4 * hidden,
+                settings.dropout,
+                "gelu",
+                batch_first=True,
+                norm_first=True,
             )
             for _ in range(settings.layers)
         )
@@ -203,6 +209,8 @@ class TransformerProjectorSettings(ProjectorBase):
     heads: int = Field(12, ge=1)
     hidden: int = Field(768, ge=2, multiple_of=2)
     """Width of the Transformer; that of its feed-forward layers is four times as much."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """In training."""
 
     @model_validator(mode="after")
     def _shared_out(self) -> "TransformerProjectorSettings":

@@ -12,6 +12,7 @@ V tokens, K labels of a batch.
 import itertools
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,9 +32,8 @@ class TokenCTC(nn.Module):
 
     def __init__(self, llm: LLM):
         super().__init__()
+        _table(llm)  # or there is nothing to compare with
         self._llm = (llm,)  # in a tuple: its table stays the LLM's and is no part of this
-        size = _table(llm).float().square().mean().sqrt()
-        self.scale = SHARPNESS / (float(size) * math.sqrt(llm.dim))
         self.blank_direction = nn.Parameter(torch.zeros(llm.dim))
         self.blank_bias = nn.Parameter(torch.zeros(()))
 
@@ -41,18 +41,29 @@ class TokenCTC(nn.Module):
     def llm(self) -> LLM:
         return self._llm[0]
 
+    @cached_property
+    def scale(self) -> float:
+        """Of products with the tokens' embeddings, whose size is a matter of the LLM."""
+        size = _table(self.llm).float().square().mean().sqrt()
+        return SHARPNESS / (float(size) * math.sqrt(self.llm.dim))
+
     @property
     def blank(self) -> int:
         """The label of no token, V."""
         return len(_table(self.llm))
 
-    def log_probs(self, embeddings: Tensor) -> Tensor:
+    def log_probs(self, embeddings: Tensor, temperature: float = 1.0) -> Tensor:
         """Audio embeddings (..., E) to log-probabilities (..., V + 1), in float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
             table = _table(self.llm)
             tokens = (embeddings.to(table.dtype) @ table.T).float() * self.scale
             scores = torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1)
-            return scores.log_softmax(dim=-1)
+            return (scores / temperature if temperature != 1 else scores).log_softmax(dim=-1)
+
+    def scores(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
+        """Products, scaled, of embeddings (A, E) with some tokens each (A, C): (A, C), float32."""
+        own = _table(self.llm)[tokens].float()
+        return torch.einsum("ae,ace->ac", embeddings.float(), own) * self.scale
 
     def loss(
         self, audio: Sequence[Tensor], labels: Sequence[Sequence[int]]

@@ -12,7 +12,6 @@ RECIPE, ENVIRONMENT, MODEL = "recipe.yaml", "environment.json", "model"
 PARTS = "parts.json"
 BEST, CHECKPOINTS = "best", "checkpoints"
 CONFIG = "config.json"  # which every folder of a pretrained model has
-PRETRAINING = "architecture"  # a key that only recipes of pretraining have
 DEFAULT = "default"  # the run that ships
 SHIPPED_RUN = Path(__file__).resolve().parent.parent / "assets" / DEFAULT
 
@@ -46,7 +45,7 @@ def local_system(name: str | Path) -> Path | None:
         if (folder / CONFIG).is_file():
             return folder
     run = local_run(name)
-    if run is not None and PRETRAINING in read_recipe(run / RECIPE)[1]:
+    if run is not None and "encoder" not in read_recipe(run / RECIPE)[1]:
         raise IsthmusError(
             f"{run} holds no model yet: its recipe is of `isthmus pretrain-ctc` or pretrain-lm, "
             "which write it at the end. Go on with --resume."
