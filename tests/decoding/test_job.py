@@ -137,6 +137,8 @@ def test_all_utterances_stand_in_order_and_bad_ones_are_told(tmp_path: Path) -> 
         "finish_reason": "stop",
         "score": -2 / 7,
         "confidence": 1.0,
+        "ctc_distance": None,
+        "doubtful": False,
     }
     assert found[3] == {
         "id": "u3",
