@@ -1,4 +1,4 @@
-"""Every recipe of the papers, and of real parts: built without weights at its true size, and run whole by a tiny twin.
+"""Every recipe of the papers, built without weights at its true size; all run by a tiny twin.
 
 A twin is the recipe with tiny random models of the same kind, four sounds for data, and few steps.
 """
@@ -90,7 +90,11 @@ def test_the_twin_trains_resumes_and_reads(
     twin = small(values, speech)
     twin["encoder"] = tiny_encoder(values["encoder"], model_folder)
     twin["llm"] = values["llm"] | {"path": str(model_folder("llama"))}
-    twin["decode"] = values.get("decode", {}) | {"tokens_per_second": 4, "extra_tokens": 4, "gate": "none"}
+    twin["decode"] = values.get("decode", {}) | {
+        "tokens_per_second": 4,
+        "extra_tokens": 4,
+        "gate": "none",
+    }
     file, run = tmp_path / "twin.yaml", tmp_path / "run"
     if values["projector"]["type"] == "units":
         units = tmp_path / "units.safetensors"

@@ -70,7 +70,7 @@ def test_ears_for_ones_own_recordings(
     assert [len(part) for part in texts] == [20, 5]
     assert sorted(texts[0] + texts[1]) == sorted(line["text"] for line in lines)
     before, (after, recipe) = load_run(base)[0], load_run(folder / "run")
-    assert recipe.start_from == BASE
+    assert recipe.start_from == (BASE,)
     for name, value in after.trained_state().items():
         assert torch.equal(value, before.trained_state()[name]) != name.startswith("projector.")
 

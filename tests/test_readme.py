@@ -346,13 +346,15 @@ def test_every_field_is_explained(tmp_path: Path) -> None:
     actual |= evaluation.to_dict().keys() | json.loads(written.read_text()).keys()
     stated = {
         name
-        for heading, first, *_ in table_rows(DOCS / "decoding.md")
+        for page in ("decoding.md", "scoring.md")
+        for heading, first, *_ in table_rows(DOCS / page)
         if heading == "Field"
         for name in re.findall(r"`(\w+)`", first)
     }
     assert stated == actual
-    text = (DOCS / "decoding.md").read_text(encoding="utf-8")
+    text = (DOCS / "scoring.md").read_text(encoding="utf-8")
     assert [name for name in NORMALISERS if f"| `{name}` |" not in text] == []
+    text = (DOCS / "decoding.md").read_text(encoding="utf-8")
     reasons = get_args(FinishReason)
     assert [reason for reason in reasons if f"| `{reason}` |" not in text] == []
 

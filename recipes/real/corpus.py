@@ -1,4 +1,4 @@
-"""Makes the corpora of the recipes here: sentences spoken by a natural voice, and real speech joined.
+"""Makes the corpora of the recipes here: sentences by a natural voice, and real speech joined.
 
     pip install hibari-tts  # Apache-2.0: one voice, a hundred times as fast as it speaks
     python recipes/real/corpus.py SENTENCES.txt $ISTHMUS_SPOKEN
@@ -75,12 +75,12 @@ def lines(manifest: Path) -> Iterator[Line]:
 def joined(utterances: Sequence[Line], rng: np.random.Generator) -> Iterator[list[Line]]:
     """Utterances in groups, some of them short and most as long as an encoder takes."""
     group: list[Line] = []
+    limit = LONGEST
     for one in utterances:
         seconds = sum(other["duration"] + PAUSE[1] for other in (*group, one))
         if group and seconds > limit:
             yield group
             group = []
-        if not group:
             limit = LONGEST if rng.random() < 0.6 else rng.uniform(3.0, LONGEST)
         group.append(one)
     if group:

@@ -66,9 +66,14 @@ class Recipe(Experiment):
     data: SpeechDataSettings = SpeechDataSettings()
     train: SpeechTrainSettings = SpeechTrainSettings()
     prompt: PromptSettings = Field(default=PaperPrompt(), discriminator="template")
-    start_from: str | None = None
-    """A run whose trained weights this one begins with, as far as both have them."""
+    start_from: tuple[str, ...] = ()
+    """Runs whose trained weights this one begins with, as far as it has them; the last wins."""
     decode: DecodeSettings = DecodeSettings()
+
+    @field_validator("start_from", mode="before")
+    @classmethod
+    def _one_or_more(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value or ()
 
     @model_validator(mode="after")
     def _features_to_mask(self) -> "Recipe":
@@ -342,7 +347,7 @@ def named_models(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]
     for key, value in values.items():
         if isinstance(value, dict):
             yield from named_models(value)
-        elif value and key in ("path", "start_from"):
+        elif isinstance(value, str) and key in ("path", "start_from"):
             yield values, key
 
 

@@ -226,9 +226,9 @@ def test_a_run_begins_with_another(make: Make, tmp_path: Path) -> None:
     assert ears.keys() == run.keys()
     assert all(torch.equal(ears[name], run[name]) for name in ears)
     other = make(projector={"hidden": 4}, train={"steps": 1})
-    with pytest.raises(IsthmusError, match="projector.linear1"):
+    with pytest.raises(IsthmusError, match=r"projector\.linear1"):
         train(other.model_copy(update={"start_from": str(tmp_path / "ears")}), tmp_path / "other")
-    with pytest.raises(IsthmusError, match="No run folder .nowhere"):
+    with pytest.raises(IsthmusError, match=r"No run folder .nowhere"):
         train(other.model_copy(update={"start_from": "nowhere"}), tmp_path / "nothing")
 
 

@@ -184,7 +184,9 @@ class _LogSumExp(torch.autograd.Function):
             scores = (part @ table.T).float()
             best.append(scores.max(dim=1))
             largest = best[-1].values
-            likely = scores.sub_(largest[:, None]).add_(offset).exp_()  # in place: these are passes over much
+            likely = (
+                scores.sub_(largest[:, None]).add_(offset).exp_()
+            )  # in place: these are passes over much
             total = likely.sum(dim=1)
             totals.append(largest + total.log())
             if ctx.needs_input_grad[0]:

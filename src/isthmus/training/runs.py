@@ -265,8 +265,8 @@ def train(
         torch.manual_seed(recipe.seed)
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
-        if recipe.start_from is not None and not run.resumed:
-            log.info(begin_from(model, recipe.start_from))
+        for other in () if run.resumed else recipe.start_from:
+            log.info(begin_from(model, other))
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
