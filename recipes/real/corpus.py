@@ -3,10 +3,10 @@
     pip install hibari-tts  # Apache-2.0: one voice, a hundred times as fast as it speaks
     python recipes/real/corpus.py SENTENCES.txt $ISTHMUS_SPOKEN
 
-SENTENCES has one a line. Left out are those that share six words in a row with a text of the dev and
-test manifests in $ISTHMUS_SPEECH, and those with digits. The one voice becomes many: it is played at
-other speeds, in rooms, through bands and under noise. Whisper takes 30 s however short an utterance
-is, so utterances of one speaker are joined to about as much: OUT/spoken and OUT/joined.
+SENTENCES has one a line. Left out are those that share six words in a row with a text of the dev
+and test manifests in $ISTHMUS_SPEECH, and those with digits. The one voice becomes many: it is
+played at other speeds, in rooms, through bands and under noise. Whisper takes 30 s however short an
+utterance is, so utterances of one speaker are joined to about as much: OUT/spoken and OUT/joined.
 """
 
 import argparse

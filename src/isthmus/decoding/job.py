@@ -30,6 +30,7 @@ from lhotse.utils import fastcopy
 from isthmus.decoding.formats import transcript_dict
 from isthmus.decoding.recogniser import Result
 from isthmus.decoding.systems import load_system, system_folder, system_settings
+from isthmus.decoding.transcriber import run_folder
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, write_atomic
@@ -90,6 +91,7 @@ def system(
     run: str | Path = DEFAULT,
     *,
     align_model: str | None = None,
+    ears: str | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> System:
     """The system of that name, not loaded yet; arguments are those of `load_system`.
@@ -104,17 +106,24 @@ def system(
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})
     if holds_run(folder):
-        model = {
-            "recipe": sha256(folder / RECIPE),
-            "frozen": sha256(folder / FROZEN),
-            "trained": sha256(trained_weights(folder) / WEIGHTS),
-        }
+        model = _run_sums(folder)
     else:
         model = {"pretrained": _digest(sorted(source(str(folder)).sha256.items()))}
     if align_model:
         model["aligner"] = _digest(sorted(source(align_model).sha256.items()))
-    loader = partial(load_system, run, align_model=align_model, **decode.model_dump())
+    if ears:
+        model |= {f"ears {name}": value for name, value in _run_sums(run_folder(ears)).items()}
+    loader = partial(load_system, run, align_model=align_model, ears=ears, **decode.model_dump())
     return System(loader, model, decode)
+
+
+def _run_sums(folder: Path) -> dict[str, str]:
+    """SHA-256 of what decides what a run writes."""
+    return {
+        "recipe": sha256(folder / RECIPE),
+        "frozen": sha256(folder / FROZEN),
+        "trained": sha256(trained_weights(folder) / WEIGHTS),
+    }
 
 
 def transcribe_corpora(

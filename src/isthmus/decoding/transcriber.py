@@ -350,18 +350,20 @@ def load(
     *,
     cached: bool = False,
     align_model: str | None = None,
+    ears: str | Path | None = None,
     **settings: Unpack[DecodeChanges],
 ) -> Transcriber:
     """The transcriber of a run, `base` and `tiny` among them, or what reads best here (`default`).
 
     `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
-    one. `align_model`: a CTC model that tells when words were said. Further arguments are those of
+    one. `align_model`: a CTC model that tells when words were said. `ears`: a run whose
+    encoder and projector take the places of this one's. Further arguments are those of
     DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid.
     """
     folder = run_folder(run)
     decode = decode_settings(folder, settings)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
-    model, recipe = load_run(folder)
+    model, recipe = load_run(folder, run_folder(ears) if ears is not None else None)
     cache = None
     if cached:
         from isthmus.training.data import feature_cache

@@ -7,7 +7,7 @@ from typing import Any
 
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import Tune, choose_device
+from isthmus.model.parts import choose_device
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Experiment, Recipe, load_recipe
 from isthmus.training import checkpoint
@@ -24,23 +24,41 @@ from isthmus.training.folder import (
 log = logging.getLogger(__name__)
 
 
-def load_run(folder: Path) -> tuple[SpeechLLM, Recipe]:
+def load_run(folder: Path, ears: Path | None = None) -> tuple[SpeechLLM, Recipe]:
     """The trained model of a run folder, in evaluation mode, and its recipe.
 
-    A run that has not been validated yet gives its newest sound checkpoint.
+    A run that has not been validated yet gives its newest sound checkpoint. `ears` is a run whose
+    encoder and projector take the places of its own: what a language model has learnt to read,
+    those of another encoder can say, where both say its tokens (LegoSLM, arXiv 2505.11352).
 
-    Raises IsthmusError when the run is unfinished or damaged, or when a frozen part is not the one
-    it was trained with.
+    Raises IsthmusError when a run is unfinished or damaged, when a frozen part is not the one it
+    was trained with, and for ears that were made for another language model.
     """
+    recipe, weights = _trained(folder)
+    if ears is None:
+        model = recipe.build()
+        checkpoint.load_weights(weights, model.trained_state())
+        return model.to(choose_device()).eval(), recipe
+    heard, of_ears = _trained(ears)
+    recipe = _with_ears(recipe, heard, ears)
+    model = recipe.build()
+    state = model.trained_state()
+    for stored, own in ((weights, True), (of_ears, False)):
+        taken = {name: v for name, v in state.items() if name.startswith("llm.") == own}
+        if taken:
+            checkpoint.load_shared(stored, taken)
+    return model.to(choose_device()).eval(), recipe
+
+
+def _trained(folder: Path) -> tuple[Recipe, Path]:
+    """The recipe of a run, its parts compared, and where its weights are."""
     check_run(folder)
     weights = trained_weights(folder)
     if weights.name != BEST:
         log.info("%s was never validated: its newest checkpoint %s", folder, weights.name)
     recipe = as_recorded(stored_recipe(folder), folder)
     compare_sources(recipe, folder)
-    model = recipe.build()
-    checkpoint.load_weights(weights, model.trained_state())
-    return model.to(choose_device()).eval(), recipe
+    return recipe, weights
 
 
 def trained_weights(folder: Path) -> Path:
@@ -69,38 +87,24 @@ def begin_from(model: SpeechLLM, run: str) -> str:
     if folder is None:
         raise IsthmusError(f"start_from: {run} is no run folder. Train that recipe first.")
     check_run(folder)
-    recover_folder(folder / BEST)
     state = model.trained_state()
-    apart = checkpoint.load_shared(folder / BEST, state)
+    apart = checkpoint.load_shared(trained_weights(folder), state)
     new = sum(value.numel() for name, value in state.items() if name in apart)
     left = len(apart - state.keys())
     return f"begins with {folder}: {new:,} parameters are new, {left} of its tensors not taken"
 
 
-def with_ears(model: SpeechLLM, recipe: Recipe, ears: Path) -> SpeechLLM:
-    """A run's language model behind the encoder and the projector of another run, `ears`.
-
-    What one language model learnt to read, another encoder's projector can say, where both are
-    soft tokens (LegoSLM, arXiv 2505.11352). Raises IsthmusError where the ears were made for
-    another language model.
-    """
-    check_run(ears)
-    recover_folder(ears / BEST)
-    heard = as_recorded(stored_recipe(ears), ears)
-    compare_sources(heard, ears)
+def _with_ears(recipe: Recipe, heard: Recipe, ears: Path) -> Recipe:
+    """The language model of one recipe behind the encoder and the projector of another."""
     own, other = recipe.llm.sources()[""], heard.llm.sources()[""]
     if own.sha256 != other.sha256:
         raise IsthmusError(
             f"{ears} says the tokens of {other.name}, and the language model of the run that is "
             f"to listen is {own.name}. Take ears that were trained for that one."
         )
-    encoder = heard.build_encoder()
-    projector = heard.build_projector(encoder, model.llm)
-    tune: dict[str, Tune] = {**model.tune, "encoder": heard.encoder.tune}
-    found = SpeechLLM(encoder, projector, model.llm, model.prompt, tune)
-    state = found.trained_state()
-    checkpoint.load_shared(ears / BEST, {n: v for n, v in state.items() if not n.startswith("llm")})
-    return found.to(choose_device()).eval()
+    train = recipe.train.model_copy(update={"ctc_weight": heard.train.ctc_weight})
+    parts = {"encoder": heard.encoder, "projector": heard.projector, "train": train}
+    return recipe.model_copy(update=parts)
 
 
 def stored_recipe(folder: Path) -> Recipe:

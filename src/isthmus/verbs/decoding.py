@@ -24,7 +24,11 @@ Instruction = Annotated[
 ]
 CTCWeight = Annotated[
     float | None,
-    typer.Option("--ctc-weight", min=0, help="How much of a say the encoder's CTC head has."),
+    typer.Option("--ctc-weight", min=0, help="How much of a say the CTC head has."),
+]
+Ears = Annotated[
+    str | None,
+    typer.Option("--ears", metavar="RUN", help="Hear with encoder and projector of this run."),
 ]
 
 
@@ -70,6 +74,7 @@ class TranscribeOptions:
         ),
     ] = None
     ctc_weight: CTCWeight = None
+    ears: Ears = None
     ray: Annotated[
         str | None,
         typer.Option("--ray", help="Corpora: over a Ray cluster, by its address, or local."),
@@ -221,7 +226,9 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         defer_compiler_imports()
         from isthmus.decoding.systems import load_system
 
-        transcriber = load_system(options.model, align_model=options.align_model, **options.decode)
+        transcriber = load_system(
+            options.model, align_model=options.align_model, ears=options.ears, **options.decode
+        )
     with counting("recordings") as on_recording:
         for result in transcriber.results([audio[i] for i in good], word_timestamps=words):
             index = good[result.index]
@@ -277,7 +284,12 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
         from isthmus.decoding.job import Cluster, system, transcribe_corpora
         from isthmus.training.parallel import leading
 
-    chosen = system(options.model, align_model=options.align_model, settings=options.decode)
+    chosen = system(
+        options.model,
+        align_model=options.align_model,
+        ears=options.ears,
+        settings=options.decode,
+    )
     local = options.ray == "local"
     cluster = Cluster(None if local else options.ray) if options.ray else None
     with counting("utterances") as on_utterance:
@@ -313,6 +325,7 @@ class EvaluateOptions:
     beam_size: Beam = None
     batch_size: BatchSize = None
     ctc_weight: CTCWeight = None
+    ears: Ears = None
     instruction: Instruction = None
     language: Language = None
     normaliser: Normaliser = "basic"
@@ -320,7 +333,7 @@ class EvaluateOptions:
         Path | None,
         typer.Option("--output-dir", "-o", help="Also write the transcripts here."),
     ] = None
-    ctc: Annotated[bool, typer.Option("--ctc", help="Also score the encoder's own CTC.")] = False
+    ctc: Annotated[bool, typer.Option("--ctc", help="Also score the CTC head alone.")] = False
     as_json: Json = False
 
 
@@ -348,6 +361,7 @@ def evaluate(options: EvaluateOptions) -> None:
         own = system_settings(system_folder(options.run), {})
         recogniser = load_system(
             options.run,
+            ears=options.ears,
             beam_size=options.beam_size,
             batch_size=options.batch_size,
             ctc_weight=options.ctc_weight,
