@@ -96,6 +96,22 @@ def test_a_sample_stands_for_all_tokens(
     assert torch.equal(ctc.eval().loss(audio, LABELS)[0], exact)
 
 
+def test_labels_and_their_sum_are_rounded_alike(load_llm: Callable[..., LLM]) -> None:
+    """In bfloat16, embeddings that are sure of their tokens have no loss, and push nowhere."""
+    llm = load_llm("llama", dtype="bfloat16")
+    ctc = TokenCTC(llm)
+    table = cast(nn.Embedding, llm.network.get_input_embeddings()).weight.detach().float()
+    tokens = list(range(5, 25))
+    sure = (table[tokens] * 40).requires_grad_()
+    loss, said = ctc.loss([sure], [tokens])
+    assert said == [tokens]
+    (gradient,) = torch.autograd.grad(loss, sure)
+    plain = by_torch(ctc, [sure], [tokens])
+    torch.testing.assert_close(loss, plain, atol=1e-3, rtol=0.0)
+    assert loss >= 0
+    assert gradient.norm() <= torch.autograd.grad(plain, sure)[0].norm() + 1e-3
+
+
 def test_gradient_by_hand(llm: LLM, ctc: TokenCTC) -> None:
     """One embedding, one token: minus its score, plus the mean of all by their probabilities."""
     audio = rows(llm)[0][:1].detach().requires_grad_()

@@ -59,9 +59,10 @@ class PosteriorProjector(Projector):
             return embeddings
         with torch.no_grad():
             log_probs = self.ctc.log_probs(embeddings, self.temperature)
-            likely, tokens = log_probs[:, :-1].topk(MIXED, dim=-1)  # (A, C)
+            likely, tokens = log_probs[:, :-1].topk(min(MIXED, self.ctc.blank), dim=-1)  # (A, C)
             blank = log_probs[:, -1].exp()
-        spoken = blank < max(SILENCE, float(blank.min()) + 1e-6)  # at least one
+        # at least one; what is no number too, for the loss to show it
+        spoken = ~(blank >= max(SILENCE, float(blank.min()) + 1e-6))
         runs = _runs(spoken, tokens[:, 0])
         tokens = tokens[spoken]
         with torch.autocast(embeddings.device.type, enabled=False):

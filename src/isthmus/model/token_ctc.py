@@ -44,8 +44,10 @@ class TokenCTC(nn.Module):
     @cached_property
     def scale(self) -> float:
         """Of products with the tokens' embeddings, whose size is a matter of the LLM."""
-        size = _table(self.llm).float().square().mean().sqrt()
-        return SHARPNESS / (float(size) * math.sqrt(self.llm.dim))
+        table = _table(self.llm)
+        parts = table.split(max(1, CHUNK_BYTES // (4 * table.shape[1])))
+        squares = sum(float(part.float().square().sum()) for part in parts)
+        return SHARPNESS / math.sqrt(squares / table.numel() * self.llm.dim)
 
     @property
     def blank(self) -> int:
@@ -55,8 +57,7 @@ class TokenCTC(nn.Module):
     def log_probs(self, embeddings: Tensor, temperature: float = 1.0) -> Tensor:
         """Audio embeddings (..., E) to log-probabilities (..., V + 1), in float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
-            table = _table(self.llm)
-            tokens = (embeddings.to(table.dtype) @ table.T).float() * self.scale
+            tokens = (self._scaled(embeddings) @ _table(self.llm).T).float()
             scores = torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1)
             return (scores / temperature if temperature != 1 else scores).log_softmax(dim=-1)
 
@@ -80,14 +81,16 @@ class TokenCTC(nn.Module):
             table = _table(self.llm)
             blank = self._blank(rows)
             used = sorted({token for own in labels for token in own})
-            chosen, weight = self._choice(used)
+            scaled = self._scaled(rows)
+            chosen, offset = self._choice(used, rows.device)
             total, best, token = _log_sum_exp(
-                rows.to(table.dtype), table[chosen.to(rows.device)], self.scale, weight.log()
+                scaled, table if chosen is None else table[chosen], offset
             )
-            path = torch.where(best > blank, chosen.to(token.device)[token], self.blank)
+            token = token if chosen is None else chosen[token]
+            path = torch.where(best > blank, token, self.blank)
             normaliser = torch.logaddexp(total, blank)
             own = table[torch.tensor(used, device=rows.device, dtype=torch.long)]  # (K, E)
-            scores = (rows.to(table.dtype) @ own.T).float() * self.scale
+            scores = (scaled @ own.T).float()  # rounded as in the sum, or they have no total of 1
             log_probs = torch.cat([blank[:, None], scores], dim=1) - normaliser[:, None]
             places = {token: place for place, token in enumerate(used, start=1)}
             targets = [[places[token] for token in one] for one in labels]
@@ -95,24 +98,31 @@ class TokenCTC(nn.Module):
             said = [self.collapsed(own) for own in path.split(lengths)]
             return _restricted_ctc(log_probs.split(lengths), targets), said
 
-    def _choice(self, used: list[int]) -> tuple[Tensor, Tensor]:
-        """The tokens (C,) to sum over, and for how many each stands (C,): all, each for itself.
+    def _choice(
+        self, used: list[int], device: torch.device
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The tokens (C,) to sum over in training: those used, and a sample of the others.
 
-        In training those used and a sample of the others, which stands for all of them.
+        And the logarithm (C,) of how many each stands for. None where all are summed.
         """
-        others = torch.ones(self.blank, dtype=torch.bool)
-        others[used] = False
         count = self.blank - len(used)
         if not self.training or count <= SAMPLED:
-            return torch.arange(self.blank), torch.ones(self.blank)
+            return None, None
+        others = torch.ones(self.blank, dtype=torch.bool)
+        others[used] = False
         sample = others.nonzero()[:, 0][torch.randperm(count)[:SAMPLED]]
-        weight = torch.ones(len(used) + SAMPLED)
-        weight[len(used) :] = count / SAMPLED
-        return torch.cat([torch.tensor(used, dtype=torch.long), sample]), weight
+        offset = torch.zeros(len(used) + SAMPLED)
+        offset[len(used) :] = math.log(count / SAMPLED)
+        chosen = torch.cat([torch.tensor(used, dtype=torch.long), sample])
+        return chosen.to(device), offset.to(device)
 
     def collapsed(self, path: Tensor) -> list[int]:
         """The tokens that a path (A,) of labels says: repeats joined, blanks dropped."""
         return [token for token, _ in itertools.groupby(path.tolist()) if token != self.blank]
+
+    def _scaled(self, embeddings: Tensor) -> Tensor:
+        """Embeddings whose products with the table are scores, in its precision."""
+        return (embeddings.float() * self.scale).to(_table(self.llm).dtype)
 
     def _blank(self, embeddings: Tensor) -> Tensor:
         """Scores (...) of the blank."""
@@ -160,15 +170,14 @@ def _restricted_ctc(log_probs: Sequence[Tensor], targets: Sequence[Sequence[int]
 
 
 def _log_sum_exp(
-    rows: Tensor, table: Tensor, scale: float, offset: Tensor
+    rows: Tensor, table: Tensor, offset: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Logarithm (N,) of the sum over tokens of exp(scale * rows @ table.T + offset), in float32.
+    """Logarithm (N,) of the sum over tokens of exp(rows @ table.T + offset), in float32.
 
-    And the largest product with a token (N,), scaled, and whose it is (N,).
+    And the largest product with a token (N,), and whose it is (N,).
     """
     apply: Any = _LogSumExp.apply
-    chunk = max(1, CHUNK_BYTES // (4 * len(table)))
-    total, best, token = apply(rows, table, scale, offset.to(rows.device), chunk)
+    total, best, token = apply(rows, table, offset, max(1, CHUNK_BYTES // (4 * len(table))))
     return total, best, token
 
 
@@ -177,23 +186,22 @@ class _LogSumExp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, table: Tensor, scale: float, offset: Tensor, chunk: int
+        ctx: Any, rows: Tensor, table: Tensor, offset: Tensor | None, chunk: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         totals, means, best = [], [], []
-        for part in (rows * scale).split(chunk):
+        for part in rows.split(chunk):
             scores = (part @ table.T).float()
             best.append(scores.max(dim=1))
             largest = best[-1].values
-            likely = (
-                scores.sub_(largest[:, None]).add_(offset).exp_()
-            )  # in place: these are passes over much
-            total = likely.sum(dim=1)
+            scores -= largest[:, None]  # in place: these are passes over much
+            if offset is not None:
+                scores += offset
+            total = scores.exp_().sum(dim=1)
             totals.append(largest + total.log())
             if ctx.needs_input_grad[0]:
-                means.append((likely.to(table.dtype) @ table) / total[:, None])
+                means.append((scores.to(table.dtype) @ table) / total[:, None])
         if means:
             ctx.save_for_backward(torch.cat(means))
-        ctx.scale = scale
         largest, tokens = (torch.cat(parts) for parts in zip(*best, strict=True))
         ctx.mark_non_differentiable(largest, tokens)
         return torch.cat(totals), largest, tokens
@@ -202,4 +210,4 @@ class _LogSumExp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor, *others: Tensor) -> tuple[Tensor | None, ...]:
         (means,) = ctx.saved_tensors
-        return gradient[:, None] * means * ctx.scale, None, None, None, None
+        return gradient[:, None] * means, None, None, None
