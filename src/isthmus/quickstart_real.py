@@ -95,7 +95,7 @@ def real_recipe(folder: Path) -> Recipe:
     return recipe.model_copy(
         update={
             "name": "yours",
-            "start_from": BASE,
+            "start_from": (BASE,),
             "data": change_settings(recipe.data, changes),
             "train": change_settings(recipe.train, TRAINING),
         }

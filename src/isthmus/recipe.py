@@ -98,6 +98,17 @@ class Recipe(Experiment):
         return self
 
     @model_validator(mode="after")
+    def _blank_is_learnt(self) -> "Recipe":
+        if self.projector.type == "ctc-posterior" and not (
+            self.train.ctc_weight or self.start_from
+        ):
+            raise ValueError(
+                "projector.type ctc-posterior learns from CTC alone what is no token: set "
+                "train.ctc_weight, or start_from a run that has learnt it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _windows_are_filled(self) -> "Recipe":
         projector, longest = self.projector, self.data.max_seconds
         if isinstance(projector, QFormerSettings) and projector.window_seconds > longest:
@@ -334,9 +345,16 @@ def dump_recipe(recipe: Experiment) -> str:
     """The resolved recipe as YAML: every default written out, local models by their full path."""
     values = recipe.model_dump(mode="json")
     for part, key in named_models(values):
-        if part[key] not in SHIPPED and Path(part[key]).expanduser().exists():
-            part[key] = str(Path(part[key]).expanduser().absolute())
+        part[key] = _absolute(part[key])
+    if isinstance(recipe, Recipe):
+        values["start_from"] = [_absolute(run) for run in recipe.start_from]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _absolute(path: str) -> str:
+    """A local model's full path; any other name as it is."""
+    local = Path(path).expanduser()
+    return str(local.absolute()) if path not in SHIPPED and local.exists() else path
 
 
 def named_models(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:

@@ -248,6 +248,8 @@ class DecodeSettings(RecogniserSettings):
     """How much of a say a CTC head (the encoder's, or the projector's) has; 0 is none."""
     ctc_delay: float | None = Field(None, allow_inf_nan=False)
     """Seconds that the labels of that head come late, for word times; its type's own unless set."""
+    posterior_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    """Of the soft tokens of ctc-posterior; above 1 more of the choice is left to the LLM."""
     nbest: int = Field(1, ge=1)
     """Hypotheses to write, the best among them; at most beam_size."""
     instruction: str | None = None

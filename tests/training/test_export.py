@@ -78,7 +78,7 @@ def test_it_reads_where_nothing_of_this_machine_is(
         assert torch.equal(after[name], value.bfloat16().float())
     assert json.loads((out / "parts.json").read_text())["llm"]["name"] == "isthmus/tiny"
     recipe = load_recipe(out / "recipe.yaml")
-    assert recipe.start_from is None
+    assert recipe.start_from == ()
     assert [getattr(one, "path", one) for one in recipe.data.train] == ["made/up"]
     with pytest.raises(IsthmusError, match="exists"):
         export_run(run, out)

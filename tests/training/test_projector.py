@@ -1,6 +1,7 @@
 """What is random in the loss of a projector: drawn by seed, epoch and batch, and off elsewhere."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.errors import IsthmusError
+from isthmus.model import token_ctc
 from isthmus.recipe import Recipe
 from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import speech_data
@@ -107,8 +109,13 @@ def test_only_the_languages_that_are_named(make: Make) -> None:
     ids=["masking", "ctc", "languages", "spec-augment"],
 )
 def test_resume_is_exact(
-    encoder: str, changes: dict[str, dict[str, Any]], make: Make, tmp_path: Path
+    encoder: str,
+    changes: dict[str, dict[str, Any]],
+    make: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(token_ctc, "SAMPLED", 8)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     train(make(encoder, **changes), whole)
     short = {**changes, "train": {**changes.get("train", {}), "steps": 3}}
@@ -176,8 +183,10 @@ def test_the_ctc_loss_stands_apart(make: Make, tmp_path: Path) -> None:
 @pytest.mark.parametrize("projector", [{}, SOFT], ids=["linear", "ctc-posterior"])
 def test_the_gradient_is_that_of_both_losses(projector: dict[str, Any], make: Make) -> None:
     def gradient(llm: float, ctc: float) -> torch.Tensor:
+        both = make(train={"ctc_weight": 1.0}, projector=projector)
         weights = {"llm_weight": llm, "ctc_weight": ctc}
-        task = task_of(make(train=weights, projector=projector))
+        train = both.train.model_copy(update=weights)
+        task = task_of(both.model_copy(update={"train": train}))
         task.module.train()
         found = task.loss(task.load([(0,), (5,)], 0))
         values = [one for name, one in task.trainable().items() if "blank" not in name]
@@ -222,6 +231,12 @@ def test_a_run_begins_with_another(make: Make, tmp_path: Path) -> None:
     ears, run = (load_file(tmp_path / name / "best" / WEIGHTS) for name in ("ears", "run"))
     assert ears.keys() == run.keys()
     assert all(torch.equal(ears[name], run[name]) for name in ears)
+    # a run that was killed before its first checkpoint begins there again
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(tmp_path / "run" / "best")
+    train(begun, tmp_path / "run", Opening(resume=True))
+    again = load_file(tmp_path / "run" / "best" / WEIGHTS)
+    assert all(torch.equal(ears[name], again[name]) for name in ears)
     other = make(projector={"hidden": 4}, train={"steps": 1})
     with pytest.raises(IsthmusError, match=r"projector\.linear1"):
         train(
@@ -307,3 +322,7 @@ def test_another_runs_ears(make: Make, tmp_path: Path, model_folder: Callable[[s
     train(other, tmp_path / "other")
     with pytest.raises(IsthmusError, match="says the tokens of"):
         load_run(tmp_path / "other", tmp_path / "ears")
+    train(make(train={"steps": 1}), tmp_path / "linear")
+    for pair in (("linear", "ears"), ("mind", "linear")):
+        with pytest.raises(IsthmusError, match="only soft tokens"):
+            load_run(*(tmp_path / name for name in pair))

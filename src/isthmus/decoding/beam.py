@@ -274,10 +274,10 @@ def _candidates(
     totals = torch.full(log_probs.shape[:2], -math.inf)  # rows that only fill up stay there
     for row, search in zip(totals, searches, strict=True):
         row[: len(search.open)] = torch.tensor([one.total for one in search.open])
-    ranked = log_probs + totals.to(log_probs.device)[:, :, None]
+    scored = log_probs + totals.to(log_probs.device)[:, :, None]
     if scorers:
-        ranked = ranked + _scores(tokens, searches, scorers)
-    best, places = ranked.flatten(1).topk(min(rules.keep, ranked[0].numel()))
+        scored = scored + _scores(tokens, searches, scorers)
+    best, places = scored.flatten(1).topk(min(rules.keep, scored[0].numel()))
     columns = (
         best.tolist(),
         log_probs.flatten(1).gather(1, places).tolist(),

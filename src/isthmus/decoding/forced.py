@@ -57,7 +57,7 @@ def _log_probs(logits: Tensor, text: Sequence[int], end_tokens: Sequence[int]) -
     """Log-probabilities of a text's tokens, and of the likeliest end, from logits (M + 1, V)."""
     log_probs = logits.float().log_softmax(dim=-1)
     ends = [token for token in end_tokens if token < log_probs.shape[1]]
-    own = [float(row[token]) for row, token in zip(log_probs, text, strict=False)]
+    own: list[float] = log_probs[range(len(text)), list(text)].tolist()
     return [*own, float(log_probs[-1, ends].max())]
 
 

@@ -35,8 +35,10 @@ from isthmus.model.ctc_head import CTCHead
 from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
 from isthmus.model.hub import download
+from isthmus.model.posterior import PosteriorProjector
 from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.model.spelling import letters_known
 from isthmus.recipe import change_settings
 from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.activity import has_speech
@@ -72,6 +74,10 @@ class Transcriber(Recogniser):
     ):
         self.model = model.eval()
         self.settings = settings
+        if isinstance(model.projector, PosteriorProjector):
+            model.projector.temperature = settings.posterior_temperature
+        elif settings.posterior_temperature != 1:
+            log.warning("decode.posterior_temperature has no effect: there are no soft tokens.")
         self.cache = cache
         self.encoder = model.encoder
         self.ctc = _head(model)
@@ -248,8 +254,9 @@ class Transcriber(Recogniser):
     def _is_found(self, path: Sequence[int], beams: Sequence[Hypothesis]) -> bool:
         """Whether the search has come to the same end itself, or may not."""
         never = {*self.options.forbidden, *self.ends}
-        ended = (one.tokens for one in beams if one.finish_reason == "stop")
-        return list(path) in ended or not never.isdisjoint(path)
+        ended = [one.tokens for one in beams if one.finish_reason == "stop"]
+        late = any(one.finish_reason == "deadline" for one in beams)
+        return late or list(path) in ended or not never.isdisjoint(path)
 
     def _tokens(self, units: list[int]) -> list[int]:
         """What the CTC head says, in tokens of the LLM."""
@@ -257,8 +264,8 @@ class Transcriber(Recogniser):
         if isinstance(self.ctc, TokenHead):
             return units
         text = self.ctc.text(units)
-        # a head of capital letters knows no others, and few transcripts are all capitals
-        return self.model.transcript_tokens(text.lower() if text.isupper() else text)
+        capital = not any(map(str.islower, letters_known(self.ctc.tokenizer)))
+        return self.model.transcript_tokens(text.lower() if capital else text)
 
     def _frames(self, speech: Sequence[Speech]) -> list[Tensor]:
         """The encoder's frames (T, D) of each."""
@@ -341,6 +348,7 @@ class DecodeChanges(TypedDict, total=False):
     deadline: float | None
     nbest: int | None
     instruction: str | None
+    posterior_temperature: float | None
     min_confidence: float | None
     max_ctc_distance: float | None
 

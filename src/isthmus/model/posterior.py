@@ -20,8 +20,8 @@ class PosteriorProjector(Projector):
     Embeddings that are sure to say nothing are dropped. Those in a row whose likeliest token is
     the same become one: the mean of token embeddings, weighted by their probabilities
     (LegoSLM, arXiv 2505.11352; the joining is ours: what no text has, blanks and tokens again and
-    again, a language model cannot read). Each utterance is read alone, so that no company rounds
-    its path to another. `temperature` above 1 leaves more of the choice to the LLM.
+    again, a language model cannot read). In evaluation each utterance is read alone, so that no
+    company rounds its path to another. `temperature` above 1 leaves more of the choice to the LLM.
     """
 
     exact = False
@@ -41,8 +41,15 @@ class PosteriorProjector(Projector):
         return self.audio(*self.spoken(frames, num_frames))
 
     def spoken(self, frames: Tensor, num_frames: Tensor) -> tuple[Tensor, Tensor]:
-        found: tuple[Tensor, Tensor] = self.inner(frames, num_frames)
-        return found
+        if self.training:
+            found: tuple[Tensor, Tensor] = self.inner(frames, num_frames)
+            return found
+        rows = [
+            self.inner(row[None, :length], num_frames[place : place + 1])[0][0]
+            for place, (row, length) in enumerate(zip(frames, num_frames.tolist(), strict=True))
+        ]
+        lengths = torch.tensor([len(row) for row in rows], device=frames.device)
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True), lengths
 
     def spoken_length(self, num_frames: int) -> int | None:
         return self.inner.spoken_length(num_frames)

@@ -71,7 +71,7 @@ def _require_new(folder: Path) -> None:
 def _anywhere(recipe: Recipe) -> Recipe:
     """The recipe without paths of this machine."""
     values = parse_yaml(dump_recipe(recipe))
-    values["start_from"], values["data"]["feature_cache"] = None, "none"
+    values["start_from"], values["data"]["feature_cache"] = [], "none"
     for part, key in named_models(values):
         if Path(part[key]).is_dir():
             part[key] = name_of(source(part[key]).sha256) or part[key]

@@ -1,7 +1,10 @@
 """Training of the projector (and of parts that are not frozen) on transcripts."""
 
+import itertools
 import logging
+import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import kaldialign
@@ -22,6 +25,21 @@ from isthmus.training.parallel import Ranks
 log = logging.getLogger(__name__)
 
 STAND_IN_SAMPLES = 16_000  # of silence, where nothing of a batch could be loaded
+
+
+@dataclass(frozen=True)
+class Said:
+    """What CTC makes of the utterances that have room for their tokens."""
+
+    total: Tensor  # () loss, summed
+    labels: list[list[int]]  # tokens of their transcripts
+    tokens: list[list[int]]  # that are said instead
+    without_room: tuple[str, ...]  # a line for each other utterance
+
+
+def weighted(loss: Tensor, weight: float) -> Tensor:
+    """A loss whose gradient has a weight, and whose value has none."""
+    return loss if weight == 1 else weight * loss + (1 - weight) * loss.detach()
 
 
 class SpeechTask:
@@ -93,12 +111,14 @@ class SpeechTask:
             prompts=[model.prompts[number % len(model.prompts)] for number in batch.draws],
             masking=masking if training and any(masking) else None,
         )
-        total, ctc = settings.llm_weight * found.total, torch.zeros_like(found.total)
+        total, ctc, rejected = found.total, torch.zeros_like(found.total), batch.rejected
+        if training:  # the gradient of both, the value of the cross-entropy, as validation has it
+            total = weighted(total, settings.llm_weight)
         if training and settings.ctc_weight:
-            loss = self._ctc(spoken, batch)[0]
-            ctc = loss.detach()
-            # the gradient of both, the value of the cross-entropy, as validation has it
-            total = total + settings.ctc_weight * (loss - ctc)
+            said = self._ctc(spoken, batch)
+            ctc = said.total.detach()
+            total = total + settings.ctc_weight * (said.total - ctc)
+            rejected += said.without_room
         return Loss(
             total,
             found.tokens,
@@ -108,41 +128,43 @@ class SpeechTask:
             positions=found.positions,
             padding=found.padding,
             flops=model.flops(found.positions - found.padding, found.tokens, encoded),
-            rejected=batch.rejected,
+            rejected=rejected,
         )
 
     def _ctc_alone(self, spoken: Sequence[Tensor], batch: Batch) -> Loss:
         """The loss of what says the transcripts by itself; wrong are the edits of its tokens."""
-        total, labels, said = self._ctc(spoken, batch)
-        units = sum(map(len, labels))
-        pairs = zip(labels, said, strict=True)
+        said = self._ctc(spoken, batch)
+        units = sum(map(len, said.labels))
+        pairs = zip(said.labels, said.tokens, strict=True)
         edits = sum(kaldialign.edit_distance(own, heard)["total"] for own, heard in pairs)
         return Loss(
-            self.settings.ctc_weight * total,
+            weighted(said.total, self.settings.ctc_weight),
             units,
             max(0, units - edits),
             seconds=batch.seconds,
-            rejected=batch.rejected,
+            rejected=batch.rejected + said.without_room,
         )
 
-    def _ctc(
-        self, spoken: Sequence[Tensor], batch: Batch
-    ) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-        """CTC loss () of the transcripts, summed; their tokens, and those that are said instead.
+    def _ctc(self, spoken: Sequence[Tensor], batch: Batch) -> "Said":
+        """What the projector's CTC head makes of the transcripts.
 
-        Augmentation may leave an utterance without room for its tokens, for once: no loss of it.
+        Augmentation, or a projector that joins frames, may leave an utterance without room for
+        its tokens: a bad item.
         """
         model = self.module
         head = model.projector.ctc
         assert head is not None
         tokens = [model.transcript_tokens(text) for text in batch.texts]
-        pairs = zip(spoken, tokens, strict=True)
-        kept = [(one, own) for one, own in pairs if needed_embeddings(own) <= len(one)]
-        labels = [own for _, own in kept]
-        if not kept:
-            return spoken[0].sum() * 0, [], []
-        total, said = head.loss([one for one, _ in kept], labels)
-        return total, labels, said
+        room = [needed_embeddings(own) <= len(one) for one, own in zip(spoken, tokens, strict=True)]
+        lines = tuple(
+            f"utterance {name!r}: its text has more tokens than the audio has embeddings for CTC"
+            for name in itertools.compress(batch.ids, map(operator.not_, room))
+        )
+        if not any(room):
+            return Said(spoken[0].sum() * 0, [], [], lines)
+        labels = list(itertools.compress(tokens, room))
+        total, said = head.loss(list(itertools.compress(spoken, room)), labels)
+        return Said(total, labels, said, lines)
 
     def _frames(self, batch: Batch) -> list[Tensor]:
         """Frames (T, D) of each utterance: from the cache, into which new ones go."""

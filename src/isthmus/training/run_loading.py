@@ -45,8 +45,9 @@ def load_run(folder: Path, ears: Path | None = None) -> tuple[SpeechLLM, Recipe]
     state = model.trained_state()
     for stored, own in ((weights, True), (of_ears, False)):
         taken = {name: v for name, v in state.items() if name.startswith("llm.") == own}
-        if taken:
-            checkpoint.load_shared(stored, taken)
+        missing = checkpoint.load_shared(stored, taken) & taken.keys() if taken else set()
+        if missing:
+            raise IsthmusError(f"{stored} lacks {', '.join(sorted(missing)[:4])}. Train it again.")
     return model.to(choose_device()).eval(), recipe
 
 
@@ -78,29 +79,48 @@ def trained_weights(folder: Path) -> Path:
     return newest
 
 
-def begin_from(model: SpeechLLM, run: str) -> str:
-    """Give a model the trained weights of another run, as far as both have them; that, in words.
+def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> None:
+    """Give a model the trained weights of another run, as far as both have them.
 
-    Raises IsthmusError for weights of another shape, and where they share none.
+    What is new is logged. Raises IsthmusError for weights of another shape or another language
+    model, and where they share none.
     """
     folder = local_run(run)
     if folder is None:
         raise IsthmusError(f"start_from: {run} is no run folder. Train that recipe first.")
     check_run(folder)
+    _same_llm(stored_recipe(folder), folder, recipe)
     state = model.trained_state()
     apart = checkpoint.load_shared(trained_weights(folder), state)
     new = sum(value.numel() for name, value in state.items() if name in apart)
-    left = len(apart - state.keys())
-    return f"begins with {folder}: {new:,} parameters are new, {left} of its tensors not taken"
+    projector = [name for name in apart if name.startswith("projector.")]
+    log.log(
+        logging.WARNING if projector else logging.INFO,
+        "begins with %s: %s parameters are new%s",
+        folder,
+        f"{new:,}",
+        f"; only one of the two has {', '.join(sorted(projector)[:4])}" if projector else "",
+    )
+
+
+def _same_llm(heard: Recipe, folder: Path, recipe: Recipe) -> None:
+    """Raises IsthmusError for a run whose projector says the tokens of another language model."""
+    own, other = recipe.llm.sources()[""], heard.llm.sources()[""]
+    if own.sha256 != other.sha256:
+        raise IsthmusError(
+            f"{folder} says the tokens of {other.name}, and the language model that is to listen "
+            f"is {own.name}. Take a run that was trained for that one."
+        )
 
 
 def _with_ears(recipe: Recipe, heard: Recipe, ears: Path) -> Recipe:
     """The language model of one recipe behind the encoder and the projector of another."""
-    own, other = recipe.llm.sources()[""], heard.llm.sources()[""]
-    if own.sha256 != other.sha256:
+    _same_llm(heard, ears, recipe)
+    types = heard.projector.type, recipe.projector.type
+    if types != ("ctc-posterior", "ctc-posterior"):
         raise IsthmusError(
-            f"{ears} says the tokens of {other.name}, and the language model of the run that is "
-            f"to listen is {own.name}. Take ears that were trained for that one."
+            f"{ears} has a projector of type {types[0]}, and the run that is to listen one of "
+            f"type {types[1]}: only soft tokens can be swapped. Train both as ctc-posterior."
         )
     train = recipe.train.model_copy(update={"ctc_weight": heard.train.ctc_weight})
     parts = {"encoder": heard.encoder, "projector": heard.projector, "train": train}

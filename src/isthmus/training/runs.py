@@ -265,8 +265,9 @@ def train(
         torch.manual_seed(recipe.seed)
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
-        for other in () if run.resumed else recipe.start_from:
-            log.info(begin_from(model, other))
+        going_on = run.resumed and checkpoint.checkpoints(folder / CHECKPOINTS)
+        for other in () if going_on else recipe.start_from:
+            begin_from(model, recipe, other)
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
