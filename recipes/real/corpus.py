@@ -23,6 +23,7 @@ import numpy as np
 import soundfile
 import soxr
 
+from isthmus.scoring.normalise import lower
 from isthmus.speech.audio import SAMPLE_RATE, load_audio
 from isthmus.speech.augment import Augmentation
 
@@ -44,11 +45,6 @@ FOLDERS = ("en_speechocean", "en_barista", "en_kathleen", "en_librispeech", "en_
 FOLDERS += ("en_asterisk", "en_keywords", "en_speech_commands", "en_digits", "en_alphanumeric")
 
 
-def plain(text: str) -> str:
-    """Lower case without punctuation but apostrophes, as transcripts are written here."""
-    return " ".join(re.sub(r"[^\w' ]", " ", text.lower().replace("’", "'")).split())
-
-
 def runs(text: str) -> set[tuple[str, ...]]:
     """All runs of SHARED_WORDS words of a plain text."""
     words = text.split()
@@ -57,11 +53,11 @@ def runs(text: str) -> set[tuple[str, ...]]:
 
 def usable(sentences: Iterable[str], held_out: Iterable[str]) -> list[str]:
     """Sentences without digits that share no run of words with the texts held out."""
-    taken = set().union(*(runs(plain(text)) for text in held_out))
+    taken = set().union(*(runs(lower(text)) for text in held_out))
     return [
         one
         for one in sentences
-        if plain(one) and not re.search(r"\d", one) and not runs(plain(one)) & taken
+        if lower(one) and not re.search(r"\d", one) and not runs(lower(one)) & taken
     ]
 
 
@@ -122,7 +118,7 @@ def speak(sentences: Sequence[str], folder: Path, rng: np.random.Generator) -> l
         audio = folder / f"{number:06d}.flac"
         soundfile.write(audio, samples, SAMPLE_RATE)
         line = {"audio": audio, "duration": len(samples) / SAMPLE_RATE}
-        found.append(line | {"text": plain(sentence), "speaker": "hibari"})
+        found.append(line | {"text": lower(sentence), "speaker": "hibari"})
     return [line for line in found if line["duration"] < LONGEST]
 
 

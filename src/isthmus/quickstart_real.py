@@ -1,7 +1,6 @@
 """The second act of the quickstart: ears for one's own recordings, on the parts of base."""
 
 import random
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from isthmus.decoding.transcriber import load
 from isthmus.display import training_display
 from isthmus.errors import IsthmusError
 from isthmus.recipe import Recipe, change_settings
+from isthmus.scoring.normalise import lower
 from isthmus.speech.corpora import read_corpus, usable
 from isthmus.training.batches import transcript
 from isthmus.training.folder import BASE, SHIPPED_RUNS
@@ -110,7 +110,7 @@ def _speech(corpora: Sequence[str], max_seconds: float) -> dict[str, list[Cut]]:
     """Some of the utterances to be trained on, and others to be held out, drawn by lot."""
     cuts = CutSet.from_cuts(cut for corpus in corpora for cut in read_corpus(corpus))
     good, _ = usable(cuts, max_bad_fraction=1.0, decode_audio="header", max_seconds=max_seconds)
-    found = [_plain(cut) for cut in good]
+    found = [cut for cut in map(_plain, good) if transcript(cut)]  # some texts are marks alone
     if len(found) < AT_LEAST:
         raise IsthmusError(
             f"{', '.join(corpora)}: {len(found)} utterances can be used, and {AT_LEAST} are needed "
@@ -123,5 +123,4 @@ def _speech(corpora: Sequence[str], max_seconds: float) -> dict[str, list[Cut]]:
 
 def _plain(cut: Cut) -> Cut:
     """A cut with its text as base writes: small letters, and no marks but the apostrophe."""
-    text = " ".join(re.sub(r"[^\w' ]", " ", transcript(cut).lower().replace("’", "'")).split())
-    return fastcopy(cut, supervisions=[fastcopy(cut.supervisions[0], text=text)])
+    return fastcopy(cut, supervisions=[fastcopy(cut.supervisions[0], text=lower(transcript(cut)))])

@@ -241,8 +241,11 @@ class Transcriber(Recogniser):
 
         The LLM that says a word wrong may never come back to what both find likely.
         """
-        strict, penalty = self.settings.strict, self.settings.length_penalty
-        for group in [[one] for one in paths] if strict else [list(paths)] if paths else []:
+        penalty = self.settings.length_penalty
+        groups: list[Sequence[Given]] = [[one] for one in paths]
+        if paths and not self.settings.strict:
+            groups = [paths]
+        for group in groups:
             scored = forced_hypotheses(
                 self.model.llm, prompts, group, self.ends, length_penalty=penalty, scorers=scorers
             )

@@ -37,8 +37,7 @@ class CTCHead(nn.Module):
 
     def best_path(self, log_probs: Tensor) -> list[int]:
         """The units of an utterance (A, V) by best path: repeats joined, blanks dropped."""
-        path = itertools.groupby(log_probs.argmax(dim=-1).tolist())
-        return [unit for unit, _ in path if unit != self.blank]
+        return collapsed(log_probs.argmax(dim=-1).tolist(), self.blank)
 
     def text(self, units: Sequence[int]) -> str:
         """What units spell."""
@@ -62,6 +61,11 @@ class CTCHead(nn.Module):
         delimiter = getattr(self.tokenizer, "word_delimiter_token", None) or " "
         found: int | None = self.tokenizer.get_vocab().get(delimiter)
         return found
+
+
+def collapsed(path: Sequence[int], blank: int) -> list[int]:
+    """The units that a path of labels says: repeats joined, blanks dropped."""
+    return [unit for unit, _ in itertools.groupby(path) if unit != blank]
 
 
 class TransformersHead(CTCHead):

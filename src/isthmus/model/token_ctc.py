@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from isthmus.errors import IsthmusError
+from isthmus.model.ctc_head import collapsed
 from isthmus.model.llm import LLM
 
 SAMPLED = 4096  # tokens that stand for all that no transcript of a training batch has
@@ -95,7 +96,7 @@ class TokenCTC(nn.Module):
             places = {token: place for place, token in enumerate(used, start=1)}
             targets = [[places[token] for token in one] for one in labels]
             lengths = [len(one) for one in audio]
-            said = [self.collapsed(own) for own in path.split(lengths)]
+            said = [collapsed(own.tolist(), self.blank) for own in path.split(lengths)]
             return _restricted_ctc(log_probs.split(lengths), targets), said
 
     def _choice(
@@ -115,10 +116,6 @@ class TokenCTC(nn.Module):
         offset[len(used) :] = math.log(count / SAMPLED)
         chosen = torch.cat([torch.tensor(used, dtype=torch.long), sample])
         return chosen.to(device), offset.to(device)
-
-    def collapsed(self, path: Tensor) -> list[int]:
-        """The tokens that a path (A,) of labels says: repeats joined, blanks dropped."""
-        return [token for token, _ in itertools.groupby(path.tolist()) if token != self.blank]
 
     def _scaled(self, embeddings: Tensor) -> Tensor:
         """Embeddings whose products with the table are scores, in its precision."""

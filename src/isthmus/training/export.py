@@ -55,11 +55,14 @@ def export_run(run: Path, folder: Path) -> int:
         name: value.to(torch.bfloat16) if value.is_floating_point() else value
         for name, value in model.trained_state().items()
     }
-    folder.mkdir(parents=True)
-    save_checkpoint(folder / BEST, state, Progress(**read_json(weights / STATE)))
     sources = {name: part.to_dict() for name, part in shipped.sources().items()}
-    write_atomic(folder / PARTS, json.dumps(sources, indent=2) + "\n")
-    write_atomic(folder / RECIPE, dump_recipe(shipped))  # last: now it is a run
+
+    def write(path: Path) -> None:
+        save_checkpoint(path / BEST, state, Progress(**read_json(weights / STATE)))
+        write_atomic(path / PARTS, json.dumps(sources, indent=2) + "\n")
+        write_atomic(path / RECIPE, dump_recipe(shipped))
+
+    write_folder(folder, write)
     return sum(value.nbytes for value in state.values())
 
 
