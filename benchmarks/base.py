@@ -1,8 +1,8 @@
 """The search on real parts: beams against transformers' `generate`, and drafts against none.
 
-Recordings of ISTHMUS_SPEECH (en_kathleen and en_barista, dev), float32, CPU time of one thread, the
-ways in turn batch by batch. No scorer beside the LLM, which `generate` does not have, and the guard
-against repetition is off for the same reason.
+Recordings of ISTHMUS_SPEECH (en_kathleen and en_barista, dev), CPU time of one thread, the ways in
+turn batch by batch, the LLM in float32 and in bfloat16. No scorer beside the LLM, which `generate`
+does not have, and the guard against repetition is off for the same reason.
 
     python benchmarks/base.py [RUN] [--utterances N]
 """
@@ -10,7 +10,7 @@ against repetition is off for the same reason.
 import argparse
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -121,6 +121,14 @@ def main() -> None:
     torch.set_num_threads(1)
     system = load(arguments.run, ctc_weight=0.0)
     data = prepared(system, arguments.utterances)
+    print(header())
+    print("\n| what | times faster | CPU time | same texts |\n|---|---|---|---|")
+    for dtype in (torch.float32, torch.bfloat16):
+        system.model.llm.network.to(dtype)
+        compare(system, [replace(one, prompt=one.prompt.to(dtype)) for one in data], str(dtype))
+
+
+def compare(system: Transcriber, data: Sequence[Utterance], dtype: str) -> None:
     reference, beams = Way(generate), Way(searched)
     greedy, drafts = Way(searched), Way(drafted)
     with torch.inference_mode():
@@ -132,10 +140,8 @@ def main() -> None:
             for one in batch:
                 greedy(system, [one], 1)
                 drafts(system, one)
-    print(header())
-    print("\n| what | times faster | CPU time | same texts |\n|---|---|---|---|")
-    report(f"beam {BEAMS}, batch {BATCH}, than generate", reference, beams)
-    report("greedy, one by one, with drafts than without", greedy, drafts)
+    report(f"{dtype}: beam {BEAMS}, batch {BATCH}, than generate", reference, beams)
+    report(f"{dtype}: greedy, one by one, with drafts than without", greedy, drafts)
 
 
 if __name__ == "__main__":

@@ -154,11 +154,12 @@ def test_half_precision(load_llm: Callable[..., LLM]) -> None:
     assert distance(llm) < 0.5
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "gpt2"])
 def test_logits_in_blocks_are_the_networks_own(
-    name: str, load_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: str, load_llm: Callable[..., LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    llm = load_llm(name)
+    llm = load_llm(name, dtype=dtype)
     assert quick_head(llm.network) is None  # too few tokens to be worth it
     with torch.inference_mode():
         whole = walk(MaskedSteps(llm.network, prompts_of(llm)), 3, seed=1)
@@ -167,7 +168,8 @@ def test_logits_in_blocks_are_the_networks_own(
         assert found.head is not None
         blocks = walk(found, 3, seed=1)
     for one, other in zip(whole, blocks, strict=True):
-        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+        tolerance = 1e-4 if dtype == "float32" else 0.02
+        torch.testing.assert_close(one, other, atol=tolerance, rtol=tolerance)
 
 
 def test_logits_that_are_more_than_a_product_are_left_to_the_network(
@@ -197,8 +199,6 @@ def test_logits_that_are_more_than_a_product_are_left_to_the_network(
 
     monkeypatch.setattr(type(network), "forward", doubled)
     assert quick_head(network) is None
-    monkeypatch.undo()
-    assert quick_head(load_llm("llama", dtype="bfloat16").network) is None
 
 
 def test_the_cache_keeps_the_prompt_once(load_llm: Callable[..., LLM]) -> None:

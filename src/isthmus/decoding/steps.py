@@ -114,7 +114,7 @@ class MaskedSteps(Steps):
             logits: Tensor = self.network(**common, logits_to_keep=keep).logits
             return logits
         hidden = cast(Any, self.network).base_model(**common).last_hidden_state
-        return self.head(hidden[:, -keep:])
+        return self.head(hidden[:, -keep:].contiguous())
 
 
 class _Slots(DynamicLayer):
@@ -166,21 +166,24 @@ _heads: WeakKeyDictionary[nn.Module, tuple[nn.Linear, Head | None]] = WeakKeyDic
 def quick_head(network: nn.Module) -> Head | None:
     """The network's last layer in blocks of columns; None where it is better left to itself.
 
-    On a CPU in single precision a product of 2 to 64 rows with a matrix of 32,000 columns takes
-    two thirds of the time so. Whether it is all that makes logits is tried once for a network.
+    On a CPU a product of 2 to 64 rows with a matrix of 32,000 columns takes two thirds of the time
+    so in single precision; and in half precision the network's own, of the last row of several
+    prompts, copies the matrix for each. Whether it is all that makes logits is tried once for a
+    network.
     """
     linear = cast(Any, network).get_output_embeddings()
     if type(linear) is not nn.Linear or linear.bias is not None or linear.out_features <= COLUMNS:
         return None
     weight = linear.weight
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+    if weight.device.type != "cpu":
         return None
     if _hooked(network) or _hooked(linear):
         return None  # somebody counts on being called
     if network not in _heads or _heads[network][0] is not linear:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(4, weight.shape[1], generator=generator)
-        found = find_head(cast(Any, network), noise * float(weight[:1000].detach().std()))
+        noise = (noise * float(weight[:1000].detach().float().std())).to(weight.dtype)
+        found = find_head(cast(Any, network), noise)
         _heads[network] = (linear, found and replace(found, linear=_Blocks(linear)))
     return _heads[network][1]
 

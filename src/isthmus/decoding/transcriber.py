@@ -31,6 +31,7 @@ from isthmus.decoding.timestamps import load_ctc
 from isthmus.decoding.token_head import TokenHead
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
+from isthmus.model.adapters import merge_adapters
 from isthmus.model.ctc_head import CTCHead
 from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
@@ -375,6 +376,9 @@ def load(
     decode = decode_settings(folder, settings)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     model, recipe = load_run(folder, run_folder(ears) if ears is not None else None)
+    llm = recipe.llm
+    if llm.tune == "lora" and llm.quantise == "none" and model.llm.dtype == torch.float32:
+        merge_adapters(model.llm)  # in half precision the sum would round the adapters off
     cache = None
     if cached:
         from isthmus.training.data import feature_cache
