@@ -10,7 +10,7 @@ when utterances are decoded one by one, or eight together in random order.
 import random
 import sys
 
-from isthmus.analysis.evaluate import ctc_scores, evaluate
+from isthmus.decoding.evaluate import ctc_scores, evaluate
 from isthmus.decoding.transcriber import load
 from isthmus.scoring import ErrorCounts, Score
 from isthmus.speech.corpora import expand_path, load_cut, read_corpus

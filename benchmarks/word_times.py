@@ -17,9 +17,9 @@ from torch import Tensor
 
 from isthmus.decoding.systems import load_system
 from isthmus.decoding.timestamps import align_words, meetings
+from isthmus.lab.synthesis import draw_texts, random_voice, speak
 from isthmus.model.ctc_head import CTCHead
 from isthmus.speech.audio import SAMPLE_RATE
-from isthmus.speech.synthesis import draw_texts, random_voice, speak
 
 SEED = 72
 

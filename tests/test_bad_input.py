@@ -15,7 +15,7 @@ import soundfile
 
 from isthmus.decoding import inputs
 from isthmus.decoding.transcriber import Transcriber, load
-from isthmus.speech.synthesis import Voice, speak
+from isthmus.lab.synthesis import Voice, speak
 from isthmus.training.folder import SHIPPED_RUNS
 
 av = pytest.importorskip("av")

@@ -17,7 +17,7 @@ from typer.main import get_command
 from isthmus.cli import app
 from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript
-from isthmus.quickstart import quickstart_recipe
+from isthmus.lab.quickstart import quickstart_recipe
 from isthmus.recipe_settings import DecodeSettings
 from isthmus.training.features import Verification
 from isthmus.training.loop import Interrupted
@@ -314,7 +314,7 @@ def test_interruption_has_the_exit_code_that_shells_expect(
     def job(*arguments: object, **options: object) -> None:
         raise stop
 
-    monkeypatch.setattr("isthmus.analysis.plateau.train_watched", job)
+    monkeypatch.setattr("isthmus.lab.plateau.train_watched", job)
     found, out, err = isthmus("train", "tiny/projector", *NO_DATA)
     assert found == code
     assert ("interrupted before the first step" in err) == isinstance(stop, KeyboardInterrupt)

@@ -24,7 +24,7 @@ UNUSED = (
     "torch.distributed.checkpoint.metadata",
     "torch.distributed.fsdp.api",
     "torch.distributed.tensor.placement_types",
-    "isthmus.analysis",
+    "isthmus.lab",
     "isthmus.scoring",
     "isthmus.speech.corpora",
     "isthmus.training.batches",

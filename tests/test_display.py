@@ -18,8 +18,8 @@ from rich.console import Console
 from isthmus import display as module
 from isthmus.display import CURVES, TensorBoard, loading, print_scores, training_display
 from isthmus.errors import IsthmusError
+from isthmus.lab.language_model import pretrain_lm
 from isthmus.recipe import LanguageRecipe
-from isthmus.training.runs import pretrain_lm
 
 
 def step(number: int, **more: Any) -> dict[str, Any]:

@@ -23,12 +23,13 @@ ORDER = [
     {"speech"},
     {"model"},
     {"recipe", "recipe_files", "recipe_settings"},
+    {"scoring"},
     {"training"},
     {"decoding"},
-    {"scoring"},
-    {"analysis"},
     {"serving"},
-    {"display", "options", "quickstart", "quickstart_real", "verbs", "cli"},
+    {"display"},
+    {"lab"},
+    {"options", "verbs", "cli"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Scoring runs on machines that have none of these, so it may not reach them through a room either.
@@ -259,7 +260,7 @@ PLANTED = [
 ]
 ALLOWED = [
     (imports_run_one_way, "model/llm.py", "from isthmus.speech import audio\nfrom . import prompt"),
-    (imports_run_one_way, "cli.py", "from isthmus import quickstart\nfrom isthmus.errors import E"),
+    (imports_run_one_way, "cli.py", "from isthmus import options\nfrom isthmus.errors import E"),
     (imports_run_one_way, "__init__.py", "from isthmus.decoding import Transcriber"),
     (scoring_is_light, "scoring/a.py", "import numpy\nfrom isthmus.errors import E"),
     (files_are_short, "speech/audio.py", "x = 1\n" * 600),

@@ -22,9 +22,8 @@ from lhotse import CutSet
 from pydantic import BaseModel, TypeAdapter
 
 import isthmus
-from isthmus.analysis.evaluate import Decoded, Evaluation
-from isthmus.analysis.sweep import Sweep
 from isthmus.cli import app
+from isthmus.decoding.evaluate import Decoded, Evaluation
 from isthmus.decoding.formats import transcript_dict
 from isthmus.decoding.transcript import (
     Alternative,
@@ -34,6 +33,7 @@ from isthmus.decoding.transcript import (
     Word,
 )
 from isthmus.errors import IsthmusError
+from isthmus.lab.sweep import Sweep
 from isthmus.model.llm import character_tokenizer
 from isthmus.model.prompt import tokenise
 from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, load_recipe
@@ -416,7 +416,7 @@ def test_the_worked_prompt_keeps_the_contract() -> None:
 
 def test_paths_exist() -> None:
     starts = r"(?:src|tests|docs|recipes|benchmarks)/"
-    rooms = r"(?:speech|model|training|decoding|scoring|analysis)/"
+    rooms = r"(?:speech|model|training|decoding|scoring|lab)/"
     found = 0
     for page in PAGES:
         text = prose(page)

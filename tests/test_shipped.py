@@ -12,11 +12,11 @@ import torch
 
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.files import verify_folder
+from isthmus.lab.synthesis import Voice, speak, synthesise_corpus
 from isthmus.model.fetch import SYSTEMS
 from isthmus.model.parts import ASSETS, SHIPPED, resolve, source
 from isthmus.recipe import Recipe, load_recipe
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.speech.synthesis import Voice, speak, synthesise_corpus
 from isthmus.training.batches import transcript
 from isthmus.training.folder import BEST, SHIPPED_RUNS
 from isthmus.training.run_loading import load_run

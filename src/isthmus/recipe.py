@@ -245,7 +245,7 @@ class LanguageRecipe(Pretraining):
     OF_NEW_MODELS = {"architecture": LLMArchitecture()}  # noqa: RUF012
     architecture: LLMArchitecture | None = None
     domains: dict[str, float] | None = None
-    """Weights of the kinds of text (isthmus.speech.sentences)."""
+    """Weights of the kinds of text (isthmus.lab.sentences)."""
     sentences: int = Field(5000, ge=1)
     """Examples of an epoch; each epoch has new ones."""
     tokens_per_batch: int = Field(4000, ge=1)

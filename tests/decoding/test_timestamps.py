@@ -32,12 +32,12 @@ from isthmus.decoding.timestamps import (
 )
 from isthmus.decoding.transcript import Word
 from isthmus.errors import IsthmusError
+from isthmus.lab.synthesis import draw_texts, random_voice, speak
 from isthmus.model.conformer import CONFORMER_DELAY, ConformerArchitecture, ConformerCTC
 from isthmus.model.encoder import ConformerEncoder
 from isthmus.model.features import LogMelSettings
 from isthmus.model.spelling import WILDCARD, letter_tokenizer, spell
 from isthmus.speech.audio import SAMPLE_RATE
-from isthmus.speech.synthesis import draw_texts, random_voice, speak
 
 ModelFolder = Callable[[str], Path]
 SMALL = ConformerArchitecture(

@@ -24,13 +24,13 @@ from isthmus.decoding.timestamps import load_ctc
 from isthmus.decoding.transcriber import DecodeChanges, Transcriber, load
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
+from isthmus.lab.synthesis import Voice, speak
 from isthmus.model.parts import ASSETS
 from isthmus.recipe import Recipe
 from isthmus.recipe_settings import DecodeSettings
 from isthmus.speech.activity import Region
 from isthmus.speech.audio import AudioInfo, audio_info, load_audio
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.speech.synthesis import Voice, speak
 
 Waves = Callable[..., Tensor]
 Build = Callable[..., Transcriber]

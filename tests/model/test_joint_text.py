@@ -17,6 +17,7 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from isthmus.lab.sentences import sentence
 from isthmus.model import prompt as prompt_module
 from isthmus.model.llm import character_tokenizer
 from isthmus.model.prompt import (
@@ -31,7 +32,6 @@ from isthmus.model.prompt import (
     tokenise,
     transcript_tokens,
 )
-from isthmus.speech.sentences import sentence
 
 SPECIAL = ["<unk>", "<s>", "</s>"]
 CHATML = (

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from isthmus.analysis.sizes import preset_parameters
 from isthmus.errors import IsthmusError
+from isthmus.lab.sizes import preset_parameters
 from isthmus.model.encoder import ConformerSettings, WhisperSettings
 from isthmus.model.llm import LLMSettings
 from isthmus.model.parts import choose_device, on_meta, resolve

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 
 from isthmus.errors import IsthmusError
-from isthmus.speech.foreign import COMMANDS, DIGITS, LANGUAGES, VOICES, short_text
-from isthmus.speech.synthesis import (
+from isthmus.lab.synthesis import (
     HELD_OUT_VARIANTS,
     Voice,
     draw_texts,
@@ -16,6 +15,7 @@ from isthmus.speech.synthesis import (
     speak,
     synthesise_corpus,
 )
+from isthmus.speech.foreign import COMMANDS, DIGITS, LANGUAGES, VOICES, short_text
 
 FOREIGN = [language for language in LANGUAGES if language != "en"]
 

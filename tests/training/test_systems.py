@@ -13,8 +13,8 @@ import soundfile
 from isthmus import files
 from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
+from isthmus.lab.synthesis import Voice, speak
 from isthmus.model import fetch
-from isthmus.speech.synthesis import Voice, speak
 from isthmus.training.folder import (
     BASE,
     SHIPPED_RUNS,

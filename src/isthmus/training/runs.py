@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Self
@@ -21,8 +20,7 @@ import torch
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folder
 from isthmus.model.cache import require_cache
-from isthmus.model.llm import save_llm
-from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, dump_recipe
+from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
 from isthmus.recipe_files import parse_yaml
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData
@@ -31,7 +29,6 @@ from isthmus.training.ctc import CTCTask
 from isthmus.training.data import feature_cache, speech_data
 from isthmus.training.features import Verification
 from isthmus.training.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RECIPE
-from isthmus.training.language import LanguageTask
 from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
@@ -327,23 +324,4 @@ def pretrain_ctc(
         end = fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
         checkpoint.load_weights(folder / BEST, task.state())
         ranks.lead(lambda: write_folder(folder / MODEL, model.cpu().eval().save))
-        return end
-
-
-def pretrain_lm(
-    recipe: LanguageRecipe,
-    folder: Path,
-    opening: Opening = Opening(),
-    *,
-    on_step: OnStep = lambda metrics: None,
-) -> Progress:
-    """Train a small language model; `folder`/model is the LLM to name in a recipe."""
-    with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
-        torch.manual_seed(recipe.seed)
-        llm = recipe.build().to(ranks.device)
-        run.begin()
-        task = LanguageTask(llm, recipe)
-        end = fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)
-        checkpoint.load_weights(folder / BEST, task.state())
-        ranks.lead(lambda: write_folder(folder / MODEL, partial(save_llm, llm.cpu().eval())))
         return end

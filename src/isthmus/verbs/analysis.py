@@ -10,7 +10,7 @@ from isthmus.errors import IsthmusError
 from isthmus.verbs.common import AllowChange, Json, Overrides, RecipeName, print_json
 
 if TYPE_CHECKING:
-    from isthmus.analysis.sweep_table import Table
+    from isthmus.lab.sweep_table import Table
 
 app = typer.Typer()
 analyse = typer.Typer(help="What training did, and how the result works.", no_args_is_help=True)
@@ -33,8 +33,8 @@ def emergence(
     as_json: Json = False,
 ) -> None:
     """Where next-token accuracy jumped in training, run beside run."""
-    from isthmus.analysis.curves import check_output, emergence_row, read_runs, write_emergence
     from isthmus.display import print_table
+    from isthmus.lab.curves import check_output, emergence_row, read_runs, write_emergence
 
     if output is not None:
         check_output(output)
@@ -61,11 +61,11 @@ def alignment(
     as_json: Json = False,
 ) -> None:
     """Whether tokens find their sound in the order in which they were spoken, and by chance."""
-    from isthmus.analysis.curves import PAGE, check_output
-    from isthmus.analysis.evaluate import load_sets
-    from isthmus.analysis.order import mean_text, measure_order, pick_spoken, write_order
+    from isthmus.decoding.evaluate import load_sets
     from isthmus.decoding.transcriber import load
     from isthmus.display import counting
+    from isthmus.lab.curves import PAGE, check_output
+    from isthmus.lab.order import mean_text, measure_order, pick_spoken, write_order
 
     if output is not None:
         check_output(output, [PAGE])
@@ -107,7 +107,7 @@ def plan(
 
     read_recipe(recipe, overrides or [])  # a typing error need not wait for torch
     named_peak(gpu)
-    from isthmus.analysis.plan import Hardware, make_plan
+    from isthmus.lab.plan import Hardware, make_plan
     from isthmus.recipe import load_any_recipe
 
     found = make_plan(
@@ -125,8 +125,8 @@ def plan(
 @app.command()
 def presets(as_json: Json = False) -> None:
     """List the models whose sizes are known offline."""
-    from isthmus.analysis.plan import short, table
-    from isthmus.analysis.sizes import presets_table
+    from isthmus.lab.plan import short, table
+    from isthmus.lab.sizes import presets_table
 
     rows = presets_table()
     if as_json:
@@ -148,9 +148,9 @@ def text_ability(
     as_json: Json = False,
 ) -> None:
     """What training did to the LLM's way with text. Exit code 1 if frozen weights moved."""
-    from isthmus.analysis.perplexity import texts_of
-    from isthmus.analysis.text_ability import text_ability as job
     from isthmus.decoding.transcriber import run_folder
+    from isthmus.lab.perplexity import texts_of
+    from isthmus.lab.text_ability import text_ability as job
 
     found = job(run_folder(run), texts_of(text, normaliser))
     if as_json:
@@ -174,7 +174,7 @@ def perplexity(
     as_json: Json = False,
 ) -> None:
     """Perplexity a word of texts for a language model, or for the one of a run."""
-    from isthmus.analysis.perplexity import open_llm, perplexity_text, texts_of, word_perplexity
+    from isthmus.lab.perplexity import open_llm, perplexity_text, texts_of, word_perplexity
 
     read = {name: texts_of(name, normaliser) for name in texts}
     model = open_llm(llm)
@@ -221,11 +221,11 @@ def reproduce(
         _print_sweeps(as_json)
         return
     find_sweep(name)  # a typing error need not wait for torch
-    from isthmus.analysis.sweep import make_plan
+    from isthmus.lab.sweep import make_plan
 
     plan = make_plan(name, scale, output_dir)
-    from isthmus.analysis.sweep_runs import Sweeper, states
     from isthmus.display import training_observer
+    from isthmus.lab.sweep_runs import Sweeper, states
 
     if dry_run:
         _print_states(states(plan, only or []), as_json)
@@ -274,7 +274,7 @@ def _print_table(table: "Table") -> None:
     from rich.table import Table as Drawing
     from rich.text import Text
 
-    from isthmus.analysis.sweep_table import brief
+    from isthmus.lab.sweep_table import brief
 
     console = Console()
     titles, rows = brief(table)

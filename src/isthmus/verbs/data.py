@@ -74,7 +74,7 @@ class SynthOptions:
     @property
     def texts(self) -> list[str]:
         """What is to be spoken."""
-        from isthmus.speech.synthesis import draw_texts
+        from isthmus.lab.synthesis import draw_texts
 
         if self.text is None:
             return draw_texts(self.utterances, self.seed, _weights(self.domains), self.language)
@@ -89,7 +89,7 @@ class SynthOptions:
 @takes(SynthOptions)
 def synth(options: SynthOptions) -> None:
     """Synthesise speech with transcripts and word timings (espeak-ng)."""
-    from isthmus.speech.synthesis import synthesise_corpus
+    from isthmus.lab.synthesis import synthesise_corpus
 
     texts = options.texts
     manifest = synthesise_corpus(

@@ -354,8 +354,8 @@ def evaluate(options: EvaluateOptions) -> None:
     if options.output_dir is not None:
         check_folder(options.output_dir)
     with loading("the model"):
-        from isthmus.analysis.evaluate import check_ctc, ctc_scores
-        from isthmus.analysis.evaluate import evaluate as job
+        from isthmus.decoding.evaluate import check_ctc, ctc_scores
+        from isthmus.decoding.evaluate import evaluate as job
         from isthmus.decoding.systems import load_system, system_folder, system_settings
 
         own = system_settings(system_folder(options.run), {})

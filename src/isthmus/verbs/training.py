@@ -47,10 +47,10 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """Watch a projector learn to join two frozen models, then read held-out voices with it."""
-    from isthmus.quickstart import free_folder, run
+    from isthmus.lab.quickstart import free_folder, run
 
     if real:
-        from isthmus.quickstart_real import run as run_real
+        from isthmus.lab.quickstart_real import run as run_real
         from isthmus.speech.utterances import find_corpus
 
         corpora = [str(find_corpus(corpus)) for corpus in audio or []]
@@ -155,7 +155,7 @@ _training_verb(
     "train",
     "Train what a recipe does not freeze: the projector, usually.",
     "Recipe",
-    "isthmus.analysis.plateau:train_watched",
+    "isthmus.lab.plateau:train_watched",
 )
 _training_verb(
     "pretrain-ctc",
@@ -167,7 +167,7 @@ _training_verb(
     "pretrain-lm",
     "Train a small LLM on text made on the spot.",
     "LanguageRecipe",
-    "isthmus.training.runs:pretrain_lm",
+    "isthmus.lab.language_model:pretrain_lm",
 )
 
 
