@@ -8,8 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from isthmus import quickstart, quickstart_real
 from isthmus.decoding.transcriber import load
+from isthmus.lab import quickstart, quickstart_real
 from isthmus.lab.synthesis import synthesise_corpus
 from isthmus.recipe import load_recipe
 from isthmus.speech.corpora import read_corpus
