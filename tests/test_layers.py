@@ -236,6 +236,8 @@ PLANTED = [
     (imports_run_one_way, "speech/audio.py", "importlib.import_module('isthmus.cli')"),
     (imports_run_one_way, "speech/audio.py", "import isthmus"),
     (imports_run_one_way, "speech/audio.py", "from isthmus import Transcriber"),
+    (imports_run_one_way, "decoding/a.py", "def f():\n    from isthmus.lab import report"),
+    (imports_run_one_way, "lab/a.py", "from isthmus.verbs import training"),
     (imports_run_one_way, "attic/old.py", "x = 1"),
     (imports_run_one_way, "recipe.py", "if TYPE_CHECKING:\n    from isthmus.cli import main"),
     (scoring_is_light, "scoring/a.py", "def f():\n    import torch.nn"),

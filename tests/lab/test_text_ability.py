@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
+from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
 from isthmus.lab import text_ability as module
 from isthmus.lab.perplexity import Likelihood, Perplexity
@@ -71,6 +73,23 @@ def test_the_original_is_held_as_the_run_holds_it(
     found = text_ability(make_run(tune, quantise, precision), TEXTS)
     assert found.same_weights
     assert found.equal == (tune == "frozen")
+
+
+@pytest.mark.parametrize(
+    ("quantise", "precision"), [("none", "float32"), ("none", "bfloat16"), ("int8", "float32")]
+)
+def test_a_run_is_read_with_its_adapters_in_the_weights(
+    make_run: Run, quantise: str, precision: str
+) -> None:
+    """In float32: half precision would round them off, and integers have no room."""
+    run = make_run("lora", quantise, precision)
+    apart, read = load_run(run)[0].llm.network.eval(), load(run).model.llm.network
+    merged = {one.merged for one in read.modules() if isinstance(one, BaseTunerLayer)}
+    assert merged == {(quantise, precision) == ("none", "float32")}
+    tokens = torch.arange(1, 9)[None]
+    with torch.inference_mode():
+        before, after = apart(tokens).logits.float(), read(tokens).logits.float()
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
 
 
 def test_frozen_weights_that_moved_are_seen(

@@ -376,8 +376,7 @@ def load(
     decode = decode_settings(folder, settings)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     model, recipe = load_run(folder, run_folder(ears) if ears is not None else None)
-    llm = recipe.llm
-    if llm.tune == "lora" and llm.quantise == "none" and model.llm.dtype == torch.float32:
+    if recipe.llm.mergeable and model.llm.dtype == torch.float32:
         merge_adapters(model.llm)  # in half precision the sum would round the adapters off
     cache = None
     if cached:

@@ -35,7 +35,6 @@ from isthmus.training.parallel import Ranks
 from isthmus.training.runs import Opening, RunFolder
 
 IGNORE = -100  # label without loss
-NEW_RUN = Opening()
 FILLER = "_"  # what is told between two letters
 SOUNDS_ALIKE = ("aeiouy", "bpdtgkvfcq", "mn", "sxzc", "lrw", "ckqg", "jgh", "uwo", "iey")
 INSTRUCTIONS = (
@@ -208,7 +207,7 @@ def _confuse(letter: str, rng: np.random.Generator) -> str:
 def pretrain_lm(
     recipe: LanguageRecipe,
     folder: Path,
-    opening: Opening = NEW_RUN,
+    opening: Opening = Opening(),
     *,
     on_step: OnStep = lambda metrics: None,
 ) -> Progress:

@@ -104,7 +104,7 @@ def text_ability(run: Path, texts: Sequence[str]) -> TextAbility:
     del model
     after, weights = word_perplexity(llm, texts), weights_digest(llm)
     joined = None
-    if recipe.llm.tune == "lora" and recipe.llm.quantise == "none":
+    if recipe.llm.mergeable:
         merge_adapters(llm)
         joined = word_perplexity(llm, texts)
     del llm

@@ -59,6 +59,11 @@ class LLMSettings(PretrainedSettings):
     lora: LoraSettings = LoraSettings()
     """Used with `tune: lora`."""
 
+    @property
+    def mergeable(self) -> bool:
+        """Whether there are adapters, beside weights that they can be added to."""
+        return self.tune == "lora" and self.quantise == "none"
+
     @model_validator(mode="after")
     def _one_file(self) -> "LLMSettings":
         if self.gguf is not None and self.path.endswith(".gguf"):
