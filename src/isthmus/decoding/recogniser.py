@@ -26,15 +26,21 @@ from isthmus.model.ctc_head import CTCHead
 from isthmus.model.encoder import Encoder
 from isthmus.recipe_settings import RecogniserSettings
 from isthmus.speech.activity import Region, speech_regions
-from isthmus.speech.audio import SAMPLE_RATE, audio_blocks, check_samples, load_audio
+from isthmus.speech.audio import (
+    SAMPLE_RATE,
+    Recording,
+    audio_blocks,
+    check_samples,
+    load_audio,
+)
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
     from lhotse.cut import Cut
 
     from isthmus.training.features import FeatureCache
 
-FILE = (str, Path, bytes)  # audio that is still to be decoded
-Audio: TypeAlias = "str | Path | bytes | np.ndarray | Cut"
+FILE = (str, Path, bytes, Recording)  # audio that is still to be decoded
+Audio: TypeAlias = "str | Path | bytes | Recording | np.ndarray | Cut"
 Item = TypeVar("Item")
 
 

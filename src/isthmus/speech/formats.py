@@ -21,7 +21,22 @@ AUDIO_SUFFIXES = frozenset(
     f".{name}"
     for name in (
         *("wav", "flac", "ogg", "opus", "mp3", "m4a", "mp4", "aac", "webm", "mkv"),
-        *("aif", "aiff", "au", "caf", "w64", "amr", "wma", "sph"),
+        *(
+            "aif",
+            "aiff",
+            "au",
+            "caf",
+            "w64",
+            "rf64",
+            "amr",
+            "wma",
+            "sph",
+            "ac3",
+            "eac3",
+            "tta",
+            "wv",
+        ),
+        *("3gp", "avi", "m4b", "mka", "mov", "mpga", "oga", "ts"),
     )
 )
 TABLES = ("metadata.csv", "metadata.tsv", "transcripts.tsv", "transcripts.csv")

@@ -49,6 +49,12 @@ class TranscribeOptions:
         str | None,
         typer.Option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all."),
     ] = None
+    channel: Annotated[
+        int | None, typer.Option("--channel", min=0, help="Hear this channel, not the mean of all.")
+    ] = None
+    track: Annotated[
+        int | None, typer.Option("--track", min=0, help="Hear this of a video's audio tracks.")
+    ] = None
     word_timestamps: Annotated[bool, switch("word-timestamps", "When each word was said.")] = False
     align_model: Annotated[
         str | None,
@@ -211,9 +217,13 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
     from isthmus.decoding.formats import transcript_dict, write_transcript
     from isthmus.decoding.inputs import audio_faults
     from isthmus.display import counting, loading
+    from isthmus.speech.audio import Recording
 
     names = options.audio
-    audio = [sys.stdin.buffer.read() if name == "-" else name for name in names]
+    audio = [
+        Recording(sys.stdin.buffer.read() if name == "-" else name, options.channel, options.track)
+        for name in names
+    ]
     found: dict[int, Any] = {**audio_faults(audio)}
     for fault in found.values():
         typer.echo(f"error: {fault}", err=True)
