@@ -15,6 +15,7 @@ app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
+    from isthmus.speech.audio import Recording
     from isthmus.decoding.transcript import Transcript
 
 
@@ -101,6 +102,15 @@ class TranscribeOptions:
     def files(self) -> list[str]:
         """What outputs are named after."""
         return ["stdin" if name == "-" else name for name in self.audio]
+
+    def recordings(self) -> "list[Recording]":
+        """What is heard of each; standard input is read to its end."""
+        from isthmus.speech.audio import Recording
+
+        return [
+            Recording(sys.stdin.buffer.read() if name == "-" else name, self.channel, self.track)
+            for name in self.audio
+        ]
 
     @property
     def layout(self) -> "Layout":
@@ -217,13 +227,9 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
     from isthmus.decoding.formats import transcript_dict, write_transcript
     from isthmus.decoding.inputs import audio_faults
     from isthmus.display import counting, loading
-    from isthmus.speech.audio import Recording
 
     names = options.audio
-    audio = [
-        Recording(sys.stdin.buffer.read() if name == "-" else name, options.channel, options.track)
-        for name in names
-    ]
+    audio = options.recordings()
     found: dict[int, Any] = {**audio_faults(audio)}
     for fault in found.values():
         typer.echo(f"error: {fault}", err=True)
