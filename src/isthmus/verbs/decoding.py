@@ -15,8 +15,8 @@ app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
-    from isthmus.speech.audio import Recording
     from isthmus.decoding.transcript import Transcript
+    from isthmus.speech.audio import Recording
 
 
 Instruction = Annotated[
