@@ -63,13 +63,12 @@ class Speech:
 class Recogniser(ABC):
     """Waveforms to text; the text of an utterance depends on nothing but itself and the settings.
 
-    `ctc` is the head, where there is one, that labels the frames of its `encoder`. It gives words
-    their times, or else `aligner` does, an encoder with a head of its own. With a `cache`, the
-    encoder's frames of cuts are read from it and kept in it.
+    `ctc` is the head, where there is one, that labels what it hears. It gives words their times,
+    or else `aligner` does, an encoder with a head of its own. With a `cache`, the encoder's frames
+    of cuts are read from it and kept in it.
     """
 
     settings: RecogniserSettings
-    encoder: Encoder | None = None
     ctc: CTCHead | None = None
     ctc_delay: float | None = None  # seconds, in place of the head's own
     aligner: Encoder | None = None

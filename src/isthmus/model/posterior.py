@@ -54,18 +54,26 @@ class PosteriorProjector(Projector):
     def spoken_length(self, num_frames: int) -> int | None:
         return self.inner.spoken_length(num_frames)
 
-    def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        rows = zip(spoken, lengths.tolist(), strict=True)
-        soft = [self._soft_tokens(row[:length]) for row, length in rows]
+    def audio(
+        self, spoken: Tensor, lengths: Tensor, log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        read = [None] * len(spoken) if log_probs is None else log_probs
+        rows = zip(spoken, read, lengths.tolist(), strict=True)
+        soft = [
+            self._soft_tokens(row[:length], None if own is None else own[:length])
+            for row, own, length in rows
+        ]
         lengths = torch.tensor([len(row) for row in soft], device=spoken.device)
         return nn.utils.rnn.pad_sequence(soft, batch_first=True), lengths
 
-    def _soft_tokens(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (A, E) of an utterance to its soft tokens (S, E)."""
+    def _soft_tokens(self, embeddings: Tensor, log_probs: Tensor | None) -> Tensor:
+        """Embeddings (A, E) of an utterance, read as (A, V + 1), to its soft tokens (S, E)."""
         if len(embeddings) == 0:
             return embeddings
         with torch.no_grad():
-            log_probs = self.ctc.log_probs(embeddings, self.temperature)
+            log_probs = self.ctc.log_probs(embeddings) if log_probs is None else log_probs
+            if self.temperature != 1:
+                log_probs = (log_probs / self.temperature).log_softmax(dim=-1)
             likely, tokens = log_probs[:, :-1].topk(min(MIXED, self.ctc.blank), dim=-1)  # (A, C)
             blank = log_probs[:, -1].exp()
         # at least one; what is no number too, for the loss to show it

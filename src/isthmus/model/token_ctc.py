@@ -55,12 +55,11 @@ class TokenCTC(nn.Module):
         """The label of no token, V."""
         return len(_table(self.llm))
 
-    def log_probs(self, embeddings: Tensor, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, embeddings: Tensor) -> Tensor:
         """Audio embeddings (..., E) to log-probabilities (..., V + 1), in float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
             tokens = (self._scaled(embeddings) @ _table(self.llm).T).float()
-            scores = torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1)
-            return (scores / temperature if temperature != 1 else scores).log_softmax(dim=-1)
+            return torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1).log_softmax(-1)
 
     def scores(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
         """Products, scaled, of embeddings (A, E) with some tokens each (A, C): (A, C), float32."""
