@@ -367,6 +367,30 @@ def test_projector_and_head_run_once(
         torch.testing.assert_close([own], model.project(transcriber._frames([one])))
 
 
+def test_columns_of_log_probs_are_those_of_the_whole_table(
+    taught: Transcriber, speech: list[Speech], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not kept: the search's texts and scores, and the words' times, are the same."""
+    joint, head = with_settings(taught, ctc_weight=0.7), taught.ctc
+    assert isinstance(head, TokenHead)
+    [read] = taught.model.spoken(taught._frames(speech[:1]))
+    whole = head.log_probs(read[None])[0]
+    kept = head.kept(read, whole)
+    for units in ([head.blank], [5], [7, head.blank, 5, 7], list(range(head.blank + 1)), []):
+        torch.testing.assert_close(kept[:, torch.tensor(units).long()], whole[:, units])
+    own = [value for value in vars(kept).values() if isinstance(value, Tensor)]
+    size = sum(value.numel() for value in own if len(value) == len(whole))
+    assert size <= len(whole) * (taught.model.llm.dim + 3)
+    heard = joint._hear(speech, words=True)
+    monkeypatch.setattr(TokenHead, "kept", lambda head, frames, log_probs: log_probs)
+    for one, other in zip(heard, joint._hear(speech, words=True), strict=True):
+        assert one.tokens == other.tokens
+        assert one.score == pytest.approx(other.score, abs=1e-6)
+        assert [(word.start, word.end) for word in one.words] == [
+            (word.start, word.end) for word in other.words
+        ]
+
+
 def test_an_utterance_shorter_than_an_embedding(build: Build) -> None:
     """CTC has no path through no embeddings at all: the text is empty, and nothing fails."""
     for decode in ({"ctc_weight": 0.5}, {"beam_size": 1}):

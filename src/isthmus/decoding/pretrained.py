@@ -78,7 +78,7 @@ class CTCRecogniser(Recogniser):
         frames, lengths = self.encoder(batch.waveforms, batch.num_samples)
         rows = zip(speech, frames, lengths.tolist(), strict=True)
         return [
-            self._segment(one, ctc, ctc.log_probs(own[None, :length])[0], words)
+            self._segment(one, ctc, ctc.log_probs(own[None, :length])[0].cpu(), words)
             for one, own, length in rows
         ]
 

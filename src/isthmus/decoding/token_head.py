@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from isthmus.decoding.confidence import token_spans
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import WILDCARD
+from isthmus.model.token_ctc import TokenLogProbs
 
 RATE_FRAMES = 5040  # over so many frames a projector's steady rate is a whole number of embeddings
 
@@ -34,6 +35,10 @@ class TokenHead(CTCHead):
     def log_probs(self, frames: Tensor) -> Tensor:
         (ctc,) = self._ctc
         return ctc.log_probs(frames)
+
+    def kept(self, frames: Tensor, log_probs: Tensor) -> LogProbs:
+        (ctc,) = self._ctc
+        return TokenLogProbs(ctc, frames, log_probs)
 
     def text(self, units: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(units), skip_special_tokens=True)).strip()

@@ -32,7 +32,7 @@ from isthmus.decoding.token_head import TokenHead
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
 from isthmus.model.adapters import merge_adapters
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
 from isthmus.model.hub import download
@@ -155,7 +155,7 @@ class Transcriber(Recogniser):
 
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
-        keep = words or self.joint is not None  # else so much is not kept
+        keep = words or self.joint is not None
         audio, said, heard = self._listen(self._frames(speech), keep=keep)
         hypotheses = self._search(speech, audio, said, heard)
         segments = list(map(self._segment, speech, hypotheses, said or [[]] * len(speech)))
@@ -169,7 +169,7 @@ class Transcriber(Recogniser):
 
     def _listen(
         self, frames: Sequence[Tensor], *, keep: bool
-    ) -> tuple[list[Tensor], list[list[int]], list[Tensor]]:
+    ) -> tuple[list[Tensor], list[list[int]], list[LogProbs]]:
         """Frames (T, D) to audio embeddings (A, E), and what the CTC head makes of them, if any.
 
         That is the units of its best paths and, to `keep`, its log-probabilities (T, V). What the
@@ -177,14 +177,14 @@ class Transcriber(Recogniser):
         another.
         """
         model, ctc = self.model, self.ctc
-        audio, said, heard = list[Tensor](), list[list[int]](), list[Tensor]()
+        audio, said, heard = list[Tensor](), list[list[int]](), list[LogProbs]()
         for own in () if ctc is None else frames:
             assert ctc is not None
             read = model.spoken([own]) if isinstance(ctc, TokenHead) else [own]
             log_probs = ctc.log_probs(read[0][None])[0]
             said.append(ctc.best_path(log_probs))
             if keep:
-                heard.append(log_probs.cpu())
+                heard.append(ctc.kept(read[0], log_probs))
             if isinstance(ctc, TokenHead):
                 audio += model.audio(read, [log_probs])
         if not isinstance(ctc, TokenHead):
@@ -204,7 +204,7 @@ class Transcriber(Recogniser):
         speech: Sequence[Speech],
         audio: Sequence[Tensor],
         said: Sequence[list[int]],
-        heard: Sequence[Tensor],
+        heard: Sequence[LogProbs],
     ) -> list[list[Hypothesis]]:
         """From what `_listen` gives."""
         model, settings = self.model, self.settings
