@@ -1,7 +1,8 @@
 """The projector that says the language model's own tokens: soft tokens in the place of audio.
 
 Shapes: B batch, T encoder frames, A audio embeddings of the projector within, S soft tokens,
-D encoder width, E LLM width, V tokens, C tokens that a soft one is mixed of.
+P of them that are spoken, D encoder width, E LLM width, V tokens, C tokens that a soft one is
+mixed of.
 """
 
 import torch
@@ -79,20 +80,22 @@ class PosteriorProjector(Projector):
         # at least one; what is no number too, for the loss to show it
         spoken = ~(blank >= max(SILENCE, float(blank.min()) + 1e-6))
         runs = _runs(spoken, tokens[:, 0])
-        tokens = tokens[spoken]
+        tokens = tokens[spoken]  # (P, C)
         with torch.autocast(embeddings.device.type, enabled=False):
             scores = self.ctc.scores(embeddings[spoken], tokens) / self.temperature
             # the values of log_probs; all that they are normalised by has no gradient
             weights = (likely[spoken] + scores - scores.detach()).exp()
-            mixed = torch.einsum("sc,sce->se", weights, self.ctc.llm.embed(tokens).to(weights))
-            count = int(runs[-1]) + 1
-            sums = weights.new_zeros(count, mixed.shape[1]).index_add(0, runs, mixed)
-            shares = weights.new_zeros(count).index_add(0, runs, weights.sum(dim=1))
+            mixed = torch.einsum("pc,pce->pe", weights, self.ctc.llm.embed(tokens).to(weights))
+            # in order, run by run: sums that are scattered are another each time on a GPU
+            sums = torch.segment_reduce(mixed, "sum", lengths=runs)
+            shares = torch.segment_reduce(weights.sum(dim=1), "sum", lengths=runs)
             return sums / shares[:, None]
 
 
 def _runs(spoken: Tensor, best: Tensor) -> Tensor:
-    """For each that is spoken (A,), the number of its run: neighbours with the same best (A,)."""
+    """How many of those that are spoken (A,) are in each run (S,): neighbours of one best (A,)."""
     begins = torch.ones_like(spoken)
     begins[1:] = ~spoken[:-1] | (best[1:] != best[:-1])
-    return (begins & spoken).cumsum(dim=0)[spoken] - 1
+    numbers = (begins & spoken).cumsum(dim=0)[spoken]
+    lengths: Tensor = numbers.unique_consecutive(return_counts=True)[1]
+    return lengths
