@@ -212,6 +212,21 @@ def test_the_llm_does_not_run_for_ctc_alone(make: Make, monkeypatch: pytest.Monk
     assert found.total.item() > 0
 
 
+@pytest.mark.parametrize(("llm", "weight"), [("lora", 0.0), ("lora", 0.5), ("frozen", 0.0)])
+def test_adapters_that_are_never_trained_are_told(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, llm: str, weight: float
+) -> None:
+    """And not where they are another run's, which are to stay as they are."""
+    settings = {"steps": 1, "ctc_weight": 1.0, "llm_weight": weight}
+    recipe = make(llm={"tune": llm}, train=settings)
+    train(recipe, tmp_path / "run")
+    told = "llm.tune is lora, but train.llm_weight is 0" in caplog.text
+    assert told == ((llm, weight) == ("lora", 0.0))
+    caplog.clear()
+    train(recipe.model_copy(update={"start_from": (str(tmp_path / "run"),)}), tmp_path / "next")
+    assert "llm_weight" not in caplog.text
+
+
 def test_an_utterance_without_room_for_its_tokens_is_left_out_and_counted(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -32,7 +32,7 @@ from isthmus.decoding.token_head import TokenHead
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
 from isthmus.model.adapters import merge_adapters
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
 from isthmus.model.hub import download
@@ -155,15 +155,9 @@ class Transcriber(Recogniser):
 
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
-        frames = self._frames(speech)
-        said, heard = list[list[int]](), list[Tensor]()
-        if self.ctc is not None:
-            for own in frames:
-                log_probs = self.ctc.log_probs(own[None])[0]
-                said.append(self.ctc.best_path(log_probs))
-                if words or self.joint is not None:  # else so much is not kept
-                    heard.append(log_probs.cpu())
-        hypotheses = self._search(speech, frames, said, heard)
+        keep = words or self.joint is not None
+        audio, said, heard = self._listen(self._frames(speech), keep=keep)
+        hypotheses = self._search(speech, audio, said, heard)
         segments = list(map(self._segment, speech, hypotheses, said or [[]] * len(speech)))
         segments = [replace(one, doubtful=self._doubts(one)) for one in segments]
         if not words:
@@ -172,6 +166,31 @@ class Transcriber(Recogniser):
             replace(segment, words=self._timed(one, segment, own))
             for one, segment, own in zip_longest(speech, segments, heard)
         ]
+
+    def _listen(
+        self, frames: Sequence[Tensor], *, keep: bool
+    ) -> tuple[list[Tensor], list[list[int]], list[LogProbs]]:
+        """Frames (T, D) to audio embeddings (A, E), and what the CTC head makes of them, if any.
+
+        That is the units of its best paths and, to `keep`, its log-probabilities (T, V). What the
+        projector's head reads is made of each utterance alone: no company rounds its path to
+        another.
+        """
+        model, ctc = self.model, self.ctc
+        audio, said, heard = list[Tensor](), list[list[int]](), list[LogProbs]()
+        for own in () if ctc is None else frames:
+            assert ctc is not None
+            read = model.spoken([own]) if isinstance(ctc, TokenHead) else [own]
+            log_probs = ctc.log_probs(read[0][None])[0]
+            said.append(ctc.best_path(log_probs))
+            if keep:
+                heard.append(ctc.kept(read[0], log_probs))
+            if isinstance(ctc, TokenHead):
+                audio += model.audio(read, [log_probs])
+        if not isinstance(ctc, TokenHead):
+            groups = [[one] for one in frames] if self.settings.strict else [list(frames)]
+            audio = [embeddings for group in groups for embeddings in model.project(group)]
+        return audio, said, heard
 
     def _doubts(self, segment: Segment) -> bool:
         """Whether it is less certain, or farther from what the CTC head heard, than allowed."""
@@ -183,17 +202,12 @@ class Transcriber(Recogniser):
     def _search(
         self,
         speech: Sequence[Speech],
-        frames: Sequence[Tensor],
+        audio: Sequence[Tensor],
         said: Sequence[list[int]],
-        heard: Sequence[Tensor],
+        heard: Sequence[LogProbs],
     ) -> list[list[Hypothesis]]:
-        """`said` are the units of the CTC head's best paths, `heard` its log-probabilities (T, V).
-
-        None where there is no head, or nobody asks.
-        """
+        """From what `_listen` gives."""
         model, settings = self.model, self.settings
-        groups = [[one] for one in frames] if settings.strict else [list(frames)]
-        audio = [embeddings for group in groups for embeddings in model.project(group)]
         prompts = [
             model.sequence(embeddings, prompt=prompt_for(self.prompts, one.waveform))[0]
             for one, embeddings in zip(speech, audio, strict=True)
@@ -293,7 +307,7 @@ class Transcriber(Recogniser):
         self, speech: Speech, hypotheses: Sequence[Hypothesis], said: Sequence[int]
     ) -> Segment:
         best, ctc = hypotheses[0], self.ctc
-        text = self._text(best)
+        text, heard = self._text(best), "" if ctc is None else ctc.text(said)
         return Segment(
             0.0,
             speech.seconds,
@@ -303,7 +317,8 @@ class Transcriber(Recogniser):
             tokens=tuple(best.tokens),
             token_log_probs=tuple(best.log_probs),
             confidences=self._confidences(best),
-            ctc_distance=None if ctc is None else text_distance(text, ctc.text(said)),
+            ctc_text=heard,
+            ctc_distance=None if ctc is None else text_distance(text, heard),
             alternatives=tuple(
                 Alternative(self._text(one), one.score)
                 for one in hypotheses[1 : self.settings.nbest]

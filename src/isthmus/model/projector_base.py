@@ -46,8 +46,13 @@ class Projector(nn.Module):
         """Embeddings that `spoken` makes of frames; None if that depends on what is heard."""
         return self.output_length(num_frames) if self.exact else None
 
-    def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The audio embeddings that come of `spoken`, with their lengths: the second half."""
+    def audio(
+        self, spoken: Tensor, lengths: Tensor, log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The audio embeddings that come of `spoken`, with their lengths: the second half.
+
+        `log_probs` (B, A, V + 1) are what `ctc` reads, where that is known already.
+        """
         return spoken, lengths
 
 

@@ -265,6 +265,12 @@ def train(
         going_on = run.resumed and checkpoint.checkpoints(folder / CHECKPOINTS)
         for other in () if going_on else recipe.start_from:
             begin_from(model, recipe, other)
+        if recipe.train.llm_weight == 0 and recipe.llm.tune != "frozen" and not recipe.start_from:
+            log.warning(
+                "llm.tune is %s, but train.llm_weight is 0: the LLM never runs, and nothing of it "
+                "is trained. Set llm.tune to frozen, or train.llm_weight above 0.",
+                recipe.llm.tune,
+            )
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:

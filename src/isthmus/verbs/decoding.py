@@ -397,7 +397,7 @@ def evaluate(options: EvaluateOptions) -> None:
         )
     report = result.to_dict()
     if options.ctc:
-        report["ctc"] = ctc_scores(recogniser, result).to_dict()
+        report["ctc"] = ctc_scores(result).to_dict()
     if options.as_json:
         print_json(report)
     else:
