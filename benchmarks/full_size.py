@@ -37,7 +37,7 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import LinearProjector
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe_settings import SpeechTrainSettings
+from isthmus.settings.training import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import Batch, Budget, collate, plan_epoch
 from isthmus.training.data import positions_of

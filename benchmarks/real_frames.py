@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 
+from isthmus.build import encoder_of
 from isthmus.recipe import Recipe
 from isthmus.speech.corpora import load_cut, read_corpus
 from isthmus.training.features import FeatureCache, encoder_description
@@ -43,7 +44,7 @@ class Way:
                 "train": {"precision": precision},
             }
         )
-        self.encoder = recipe.build_encoder().eval()
+        self.encoder = encoder_of(recipe).eval()
         about = encoder_description(recipe.encoder, dtype=precision, precision="bfloat16")
         self.cache = FeatureCache(folder / f"{precision}-{pad_to_30s}", about, strict=True)
 

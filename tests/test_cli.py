@@ -18,7 +18,7 @@ from isthmus.cli import app
 from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript
 from isthmus.lab.quickstart import quickstart_recipe
-from isthmus.recipe_settings import DecodeSettings
+from isthmus.settings.decoding import DecodeSettings
 from isthmus.training.features import Verification
 from isthmus.training.loop import Interrupted
 

@@ -35,6 +35,7 @@ from isthmus.decoding.transcript import (
 from isthmus.errors import IsthmusError
 from isthmus.lab.sweep import Sweep
 from isthmus.model.llm import character_tokenizer
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import tokenise
 from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, load_recipe
 from isthmus.recipe_files import parse_yaml, shipped_recipes
@@ -385,10 +386,10 @@ def adapter() -> TypeAdapter[Any]:
 
 def test_the_worked_projector_keeps_the_contract() -> None:
     assert adapter().validate_python({"type": "linear", "hidden": 8}).type == "linear"
-    projector = (
-        adapter()
-        .validate_python({"type": "mean", "downsample_rate": 4})
-        .build(SimpleNamespace(dim=3), SimpleNamespace(dim=5))
+    projector = build_projector(
+        adapter().validate_python({"type": "mean", "downsample_rate": 4}),
+        SimpleNamespace(dim=3),
+        SimpleNamespace(dim=5),
     )
     frames = torch.randn(3, 11, 3)
     lengths = torch.tensor([11, 7, 3])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from isthmus.build import build_model
 from isthmus.decoding import transcriber as transcribing
 from isthmus.decoding.beam import Hypothesis
 from isthmus.decoding.confidence import text_distance
@@ -56,7 +57,7 @@ def build(model_folder: Callable[[str], Path]) -> Build:
             }
         )
         torch.manual_seed(0)
-        return Transcriber(recipe.build(), recipe.decode)
+        return Transcriber(build_model(recipe), recipe.decode)
 
     return transcriber
 

@@ -21,7 +21,7 @@ from isthmus import files
 from isthmus.cli import main
 from isthmus.errors import IsthmusError
 from isthmus.files import verify_folder
-from isthmus.recipe_settings import TrainSettings
+from isthmus.settings.training import TrainSettings
 from isthmus.training.checkpoint import newest_checkpoint
 from isthmus.training.loop import CHECKPOINTS, METRICS, Loss, fit
 

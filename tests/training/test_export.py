@@ -13,8 +13,8 @@ from isthmus.errors import IsthmusError
 from isthmus.files import file_sha256, verify_folder
 from isthmus.lab.synthesis import synthesise_corpus
 from isthmus.model import fetch
-from isthmus.model.parts import SHIPPED
 from isthmus.recipe import load_recipe
+from isthmus.settings.base import SHIPPED
 from isthmus.training.export import export_run
 from isthmus.training.folder import BEST, SHIPPED_RUNS
 from isthmus.training.run_loading import load_run

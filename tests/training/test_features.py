@@ -21,7 +21,7 @@ from lhotse import AudioSource, MonoCut, Recording
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.model.encoder import PairSettings
+from isthmus.settings.encoder import PairSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import load_cut
 from isthmus.training import features

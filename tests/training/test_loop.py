@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe_settings import TrainSettings
+from isthmus.settings.training import TrainSettings
 from isthmus.training import loop
 from isthmus.training.checkpoint import checkpoints
 from isthmus.training.loop import (

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from isthmus import files
 from isthmus.errors import IsthmusError
-from isthmus.recipe_settings import TrainSettings
+from isthmus.settings.training import TrainSettings
 from isthmus.training.checkpoint import checkpoints
 from isthmus.training.loop import CHECKPOINTS, METRICS, Loss, fit
 from isthmus.training.parallel import Ranks

@@ -12,6 +12,7 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.model import token_ctc
 from isthmus.recipe import Recipe
@@ -62,7 +63,7 @@ Make = Callable[..., Recipe]
 
 def task_of(recipe: Recipe) -> SpeechTask:
     torch.manual_seed(0)
-    model = recipe.build().eval()
+    model = build_model(recipe).eval()
     return SpeechTask(model, *speech_data(recipe, model), recipe)
 
 

@@ -14,12 +14,18 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from isthmus.build import build_conformer
 from isthmus.decoding.timestamps import align_words
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.features import LogMelSettings
-from isthmus.model.spelling import LETTERS, SentencePieceUnits, for_ctc
+from isthmus.model.conformer import ConformerCTC
+from isthmus.model.spelling import for_ctc, learn_units
 from isthmus.recipe import CTCRecipe
+from isthmus.settings.conformer import (
+    LETTERS,
+    ConformerArchitecture,
+    LogMelSettings,
+    SentencePieceUnits,
+)
 from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import fits_model
 from isthmus.training.parallel import Ranks
@@ -51,7 +57,7 @@ def recipe(corpus: Path, **changes: Any) -> CTCRecipe:
 
 
 def conformer() -> ConformerCTC:
-    units = SentencePieceUnits(type="sentencepiece", size=40).tokenizer(TEXTS)
+    units = learn_units(SentencePieceUnits(type="sentencepiece", size=40), TEXTS)
     torch.manual_seed(0)
     return ConformerCTC.initial(
         ConformerArchitecture.model_validate(SIZES), units, LogMelSettings()
@@ -134,7 +140,7 @@ def test_only_the_leading_process_learns(
 ) -> None:
     units = recipe(corpus).units
     assert units is not None
-    learnt = units.tokenizer(TEXTS)
+    learnt = learn_units(units, TEXTS)
 
     def never(*arguments: Any) -> None:
         raise AssertionError("learnt by the other")
@@ -167,5 +173,5 @@ def test_one_way_to_spell(corpus: Path) -> None:
         recipe(corpus, letters="abc")
     with pytest.raises(ValueError, match="start_from brings its own units"):
         recipe(corpus, architecture=None, start_from="isthmus/tiny-conformer")
-    letters = recipe(corpus, units={"type": "letters", "letters": "abc "}).build()
+    letters = build_conformer(recipe(corpus, units={"type": "letters", "letters": "abc "}))
     assert len(letters.tokenizer) == 6

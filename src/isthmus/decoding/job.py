@@ -37,7 +37,7 @@ from isthmus.files import discard, read_json, write_atomic
 from isthmus.model.parts import source
 from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.settings.decoding import RecogniserSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import FAULT, ORIGIN

@@ -27,7 +27,7 @@ from isthmus.model.parts import (
     model_type,
     quiet,
 )
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.settings.decoding import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import collate
 

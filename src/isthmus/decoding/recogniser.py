@@ -24,7 +24,7 @@ from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.settings.decoding import RecogniserSettings
 from isthmus.speech.activity import Region, speech_regions
 from isthmus.speech.audio import (
     SAMPLE_RATE,

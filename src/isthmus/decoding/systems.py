@@ -11,7 +11,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.hub import download
 from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import DecodeSettings, RecogniserSettings
+from isthmus.settings.decoding import DecodeSettings, RecogniserSettings
 from isthmus.training.folder import CONFIG, RECIPE, holds_run, local_system
 
 log = logging.getLogger(__name__)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, LogProbs
-from isthmus.model.encoder import ConformerSettings, Encoder, SelfSupervisedSettings
+from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.parts import model_type, resolve
 from isthmus.model.spelling import WILDCARD
+from isthmus.settings.encoder import ConformerSettings, SelfSupervisedSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -60,7 +61,7 @@ def load_ctc(path: str, revision: str | None = None) -> Encoder:
         settings = SelfSupervisedSettings.model_validate(
             {"type": kind, "path": path, "revision": revision}
         )
-    encoder = settings.build()
+    encoder = build_encoder(settings)
     if encoder.ctc is None:
         raise IsthmusError(
             f"{path} cannot be used: it has no CTC head right behind its encoder (architectures in "

@@ -41,7 +41,7 @@ from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import DecodeSettings
+from isthmus.settings.decoding import DecodeSettings
 from isthmus.speech.activity import has_speech
 from isthmus.training.folder import DEFAULT, local_run
 from isthmus.training.run_loading import load_run, stored_recipe

@@ -22,13 +22,14 @@ from isthmus.lab.sizes import (
     weight_bytes,
 )
 from isthmus.model.conformer import ConformerCTC
-from isthmus.model.encoder import PairSettings, WhisperEncoder, parameters
+from isthmus.model.encoder import WhisperEncoder, parameters
 from isthmus.model.fetch import is_fetched
 from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS, stand_in_tokenizer
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe
-from isthmus.recipe_settings import Corpus, DataSettings
+from isthmus.settings.data import Corpus, DataSettings
+from isthmus.settings.encoder import PairSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import transcript

@@ -24,7 +24,7 @@ from isthmus.lab.emergence import EmergenceMonitor
 from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
-from isthmus.recipe_settings import LoopSettings
+from isthmus.settings.training import LoopSettings
 from isthmus.speech.corpora import load_cut
 from isthmus.training.batches import transcript
 from isthmus.training.checkpoint import Progress

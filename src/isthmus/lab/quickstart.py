@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.build import build_model
 from isthmus.decoding.evaluate import Evaluation, evaluate
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.display import TrainingDisplay, training_display
@@ -69,7 +70,7 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     """
     console = Console(stderr=True, highlight=False)
     recipe = quickstart_recipe(folder)
-    untrained = Transcriber(recipe.build(), recipe.decode)
+    untrained = Transcriber(build_model(recipe), recipe.decode)
     own = {str(path): untrained.load(path) for path in audio}
     system = default_system()  # first, as it may be downloaded
     seconds = {}

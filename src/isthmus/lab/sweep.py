@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from isthmus.errors import IsthmusError, suggest
-from isthmus.model.parts import PartSettings, PretrainedSettings
 from isthmus.recipe import (
     CTCRecipe,
     Experiment,
@@ -28,7 +27,8 @@ from isthmus.recipe import (
     named_models,
 )
 from isthmus.recipe_files import find_sweep, parse_yaml, read_recipe, shipped_sweeps
-from isthmus.recipe_settings import DataSettings
+from isthmus.settings.base import PartSettings, PretrainedSettings
+from isthmus.settings.data import DataSettings
 from isthmus.speech.utterances import expand_path, find_corpus
 
 SWEEP = "${SWEEP}"

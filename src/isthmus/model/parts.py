@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from functools import singledispatch
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -32,56 +32,13 @@ from isthmus.model.weights import (
     weight_files,
     weights_arguments,
 )
+from isthmus.settings.base import SHIPPED, PartSettings, PretrainedSettings
 
-Tune = Literal["frozen", "lora", "full"]
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SHIPPED = {
-    "isthmus/tiny-conformer": ASSETS / "tiny-conformer",
-    "isthmus/tiny-llama": ASSETS / "tiny-llama",
-    "isthmus/tiny-llama-chat": ASSETS / "tiny-llama-chat",
-}
 SPARE_WEIGHTS = {"masked_spec_embed"}  # of wav2vec 2.0 and its kin, for their own pretraining only
 
 
 _planned: ContextVar[Path | None] = ContextVar("_planned", default=None)
 """Where models without weights lie while parts are planned with, not loaded."""
-
-
-class PartSettings(BaseModel):
-    """What every part of the model shares: strict, immutable settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def sources(self) -> dict[str, "Source"]:
-        """Where what is pretrained comes from, with checksums, by the dotted name of the part.
-
-        What these settings themselves name has an empty name.
-        """
-        parts = {name: getattr(self, name) for name in type(self).model_fields}
-        return {
-            f"{name}.{below}".rstrip("."): found
-            for name, part in parts.items()
-            if isinstance(part, PartSettings)
-            for below, found in part.sources().items()
-        }
-
-
-class PretrainedSettings(PartSettings):
-    """A part that is loaded from a folder or a Hugging Face repository."""
-
-    path: str
-    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`) or
-    fetched by it (`isthmus/whisper-base`)."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face repository."""
-
-    def at(self, commit: str | None) -> Self:
-        """These settings with the commit that a run recorded, if it did."""
-        return self.model_copy(update={"revision": commit}) if commit else self
-
-    def sources(self) -> dict[str, "Source"]:
-        return {"": source(self.path, self.revision)}
 
 
 @dataclass(frozen=True)
@@ -96,6 +53,26 @@ class Source:
 
     def to_dict(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if name != "converted" or value}
+
+
+@singledispatch
+def sources(settings: PartSettings) -> dict[str, Source]:
+    """Where what is pretrained comes from, with checksums, by the dotted name of the part.
+
+    What these settings themselves name has an empty name.
+    """
+    parts = {name: getattr(settings, name) for name in type(settings).model_fields}
+    return {
+        f"{name}.{below}".rstrip("."): found
+        for name, part in parts.items()
+        if isinstance(part, PartSettings)
+        for below, found in sources(part).items()
+    }
+
+
+@sources.register
+def _(settings: PretrainedSettings) -> dict[str, Source]:
+    return {"": source(settings.path, settings.revision)}
 
 
 def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> Path:

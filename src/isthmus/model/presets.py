@@ -21,11 +21,11 @@ from transformers import (
 )
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerArchitecture
-from isthmus.model.features import LogMelSettings
+from isthmus.model.conformer import FRONT_END_FILE
 from isthmus.model.fetch import FETCHED, GIVEN, PARTS
 from isthmus.model.llm import CHAT_TEMPLATE
 from isthmus.model.spelling import letter_tokenizer
+from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
 
 Config = Mapping[str, Any]
 LETTERS_A_TOKEN = 4  # of the tokenizer that stands in: about what those of LLMs make of English

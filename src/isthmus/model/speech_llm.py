@@ -18,9 +18,10 @@ from isthmus.model.encoder import Encoder, parameters
 from isthmus.model.features import without_autocast
 from isthmus.model.llm import LLM
 from isthmus.model.packing import Choice, choose_attention, packed_hidden
-from isthmus.model.parts import Tune, freeze
+from isthmus.model.parts import freeze
 from isthmus.model.projector import Projector
 from isthmus.model.prompt import Prompt, prompt_tokens, tokenise, transcript_tokens
+from isthmus.settings.base import Tune
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss

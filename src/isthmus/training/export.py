@@ -12,7 +12,7 @@ from isthmus.errors import IsthmusError
 from isthmus.files import read_json, write_atomic, write_folder
 from isthmus.model.adapters import save_adapter
 from isthmus.model.fetch import name_of
-from isthmus.model.parts import source
+from isthmus.model.parts import source, sources
 from isthmus.recipe import Recipe, dump_recipe, named_models
 from isthmus.recipe_files import parse_yaml
 from isthmus.speech.utterances import expand_path
@@ -55,11 +55,11 @@ def export_run(run: Path, folder: Path) -> int:
         name: value.to(torch.bfloat16) if value.is_floating_point() else value
         for name, value in model.trained_state().items()
     }
-    sources = {name: part.to_dict() for name, part in shipped.sources().items()}
+    parts = {name: part.to_dict() for name, part in sources(shipped).items()}
 
     def write(path: Path) -> None:
         save_checkpoint(path / BEST, state, Progress(**read_json(weights / STATE)))
-        write_atomic(path / PARTS, json.dumps(sources, indent=2) + "\n")
+        write_atomic(path / PARTS, json.dumps(parts, indent=2) + "\n")
         write_atomic(path / RECIPE, dump_recipe(shipped))
 
     write_folder(folder, write)

@@ -32,8 +32,9 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.files import CACHE_VARIABLE, read_json, user_cache, write_atomic
-from isthmus.model.encoder import EncoderSettings
-from isthmus.recipe_settings import Precision
+from isthmus.model.parts import sources
+from isthmus.settings.base import Precision
+from isthmus.settings.encoder import EncoderSettings
 from isthmus.speech.corpora import load_cut
 
 FRONT_END_VERSION = 1  # raise it whenever the code that turns audio into frames changes
@@ -59,7 +60,7 @@ def encoder_description(
         )
     files = {
         f"{name}/{file}".lstrip("/"): digest
-        for name, part in settings.sources().items()
+        for name, part in sources(settings).items()
         for file, digest in part.sha256.items()
     }
     names = dict.fromkeys(("tune", "path", "revision"), True)

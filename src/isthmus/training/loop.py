@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import remove_folder, write_atomic
-from isthmus.recipe_settings import LoopSettings
+from isthmus.settings.training import LoopSettings
 from isthmus.training import checkpoint
 from isthmus.training.checkpoint import Progress
 from isthmus.training.folder import BEST, CHECKPOINTS

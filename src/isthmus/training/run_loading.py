@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import choose_device
+from isthmus.model.parts import choose_device, sources
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Experiment, Recipe, load_recipe
 from isthmus.training import checkpoint
@@ -36,12 +37,12 @@ def load_run(folder: Path, ears: Path | None = None) -> tuple[SpeechLLM, Recipe]
     """
     recipe, weights = _trained(folder)
     if ears is None:
-        model = recipe.build()
+        model = build_model(recipe)
         checkpoint.load_weights(weights, model.trained_state())
         return model.to(choose_device()).eval(), recipe
     heard, of_ears = _trained(ears)
     recipe = _with_ears(recipe, heard, ears)
-    model = recipe.build()
+    model = build_model(recipe)
     state = model.trained_state()
     for stored, own in ((weights, True), (of_ears, False)):
         taken = {name: v for name, v in state.items() if name.startswith("llm.") == own}
@@ -105,7 +106,7 @@ def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> None:
 
 def _same_llm(heard: Recipe, folder: Path, recipe: Recipe) -> None:
     """Raises IsthmusError for a run whose projector says the tokens of another language model."""
-    own, other = recipe.llm.sources()[""], heard.llm.sources()[""]
+    own, other = sources(recipe.llm)[""], sources(heard.llm)[""]
     if own.sha256 != other.sha256:
         raise IsthmusError(
             f"{folder} says the tokens of {other.name}, and the language model that is to listen "
@@ -154,7 +155,7 @@ def _pinned(settings: Any, path: Sequence[str], commit: str) -> Any:
 def compare_sources(recipe: Experiment, folder: Path) -> None:
     """What a run starts from is stored by checksum only: it must still be the same."""
     recorded = read_json(folder / PARTS)
-    for name, part in recipe.sources().items():
+    for name, part in sources(recipe).items():
         then = recorded.get(name, {}).get("sha256", {})
         different = [
             f"{file} (SHA-256 {then.get(file, 'none')} then, {part.sha256.get(file, 'none')} now)"

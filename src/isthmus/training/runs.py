@@ -17,9 +17,11 @@ from typing import Any, Self
 
 import torch
 
+from isthmus.build import build_conformer, build_model
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folder
 from isthmus.model.cache import require_cache
+from isthmus.model.parts import sources
 from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
 from isthmus.recipe_files import parse_yaml
 from isthmus.training import checkpoint
@@ -178,8 +180,8 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            sources = {name: part.to_dict() for name, part in self.recipe.sources().items()}
-            _write_json(self.folder / PARTS, sources)
+            parts = {name: part.to_dict() for name, part in sources(self.recipe).items()}
+            _write_json(self.folder / PARTS, parts)
         if data is not None:
             _write_json(self.folder / DATA, data)
         _write_json(self.folder / ENVIRONMENT, _environment())
@@ -261,7 +263,7 @@ def train(
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
-        model = pinned.build()
+        model = build_model(pinned)
         going_on = run.resumed and checkpoint.checkpoints(folder / CHECKPOINTS)
         for other in () if going_on else recipe.start_from:
             begin_from(model, recipe, other)
@@ -298,7 +300,7 @@ def cache_features(
             "data.feature_cache is none. Choose a precision: add data.feature_cache=bfloat16."
         )
     with Ranks() as ranks:
-        model = recipe.build()
+        model = build_model(recipe)
         model.encoder.to(ranks.device)  # nothing else has work
         cache = feature_cache(recipe, model, strict=True)
         if cache is None:
@@ -322,7 +324,7 @@ def pretrain_ctc(
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         units = run_units(recipe, folder, ranks, resumed=run.resumed)
-        model = recipe.build(units).to(ranks.device)
+        model = build_conformer(recipe, units).to(ranks.device)
         train_data, dev = speech_data(recipe, model)
         run.begin(_digests(train_data, dev))
         keep_units(units, folder, ranks)
