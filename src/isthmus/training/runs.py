@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -20,6 +20,7 @@ import torch
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folder
 from isthmus.model.cache import require_cache
+from isthmus.model.parts import Source
 from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
 from isthmus.recipe_files import parse_yaml
 from isthmus.training import checkpoint
@@ -91,17 +92,21 @@ class RunFolder:
         if self._lock is not None:
             self._lock.__exit__(None, None, None)
 
-    def begin(self, data: Mapping[str, str] | None = None) -> None:
+    def begin(
+        self, data: Mapping[str, str] | None = None, begun_from: Sequence[Source] = ()
+    ) -> None:
         """Write what explains the run; `data` are checksums of what is trained on.
 
-        A run that is not resumed is removed first.
+        `begun_from` are the runs that it begins with now. A run that is not resumed is removed
+        first.
         """
         if len(set(self.ranks.gather([json.dumps(data, sort_keys=True)]))) > 1:
             raise IsthmusError(
                 "The processes do not find the same data: ids, durations or texts differ, or some "
                 "cannot read a recording that others can. Give all machines the same files."
             )
-        self.ranks.lead(lambda: self._begin(data))
+        runs = {f"start_from.{place}": one.to_dict() for place, one in enumerate(begun_from)}
+        self.ranks.lead(lambda: self._begin(data, runs))
 
     def _enter(self) -> None:
         if self.folder.exists():  # nothing is made before models and data are there
@@ -158,7 +163,7 @@ class RunFolder:
     def _allowed(self, key: str) -> bool:
         return any(key == one or key.startswith(f"{one}.") for one in self.opening.allow_change)
 
-    def _begin(self, data: Mapping[str, str] | None) -> None:
+    def _begin(self, data: Mapping[str, str] | None, runs: Mapping[str, Any]) -> None:
         if self._lock is None:
             self._lock = FolderLock(self.folder).__enter__()
             self._check()
@@ -168,6 +173,8 @@ class RunFolder:
             before = read_json(self.folder / DATA) if data is not None else {}
             if data is not None and before != data:
                 self._refuse({"data": (before, data)})
+            then = read_json(self.folder / PARTS)
+            self._refuse({n: (then[n], runs[n]) for n in runs.keys() & then if then[n] != runs[n]})
             self._note_changes()
         else:
             found = [path for path in self.folder.iterdir() if _is_written(path.name)]
@@ -178,8 +185,8 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            sources = {name: part.to_dict() for name, part in self.recipe.sources().items()}
-            _write_json(self.folder / PARTS, sources)
+            then = {name: part.to_dict() for name, part in self.recipe.sources().items()}
+        _write_json(self.folder / PARTS, then | runs)
         if data is not None:
             _write_json(self.folder / DATA, data)
         _write_json(self.folder / ENVIRONMENT, _environment())
@@ -263,8 +270,8 @@ def train(
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = pinned.build()
         going_on = run.resumed and checkpoint.checkpoints(folder / CHECKPOINTS)
-        for other in () if going_on else recipe.start_from:
-            begin_from(model, recipe, other)
+        others = () if going_on else recipe.start_from
+        begun_from = [begin_from(model, recipe, other) for other in others]
         if recipe.train.llm_weight == 0 and recipe.llm.tune != "frozen" and not recipe.start_from:
             log.warning(
                 "llm.tune is %s, but train.llm_weight is 0: the LLM never runs, and nothing of it "
@@ -276,7 +283,7 @@ def train(
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
-        run.begin(_digests(train_data, dev))
+        run.begin(_digests(train_data, dev), begun_from)
         task = SpeechTask(model, train_data, dev, recipe)
         cache = feature_cache(recipe, model)
         task.use_cache(cache)

@@ -358,7 +358,7 @@ def evaluate(options: EvaluateOptions) -> None:
         from isthmus.decoding.evaluate import evaluate as job
         from isthmus.decoding.systems import load_system, system_folder, system_settings
 
-        own = system_settings(system_folder(options.run), {})
+        own = system_settings(system_folder(options.run), {}, options.ears)
         recogniser = load_system(
             options.run,
             ears=options.ears,
