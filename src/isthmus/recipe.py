@@ -26,7 +26,7 @@ from isthmus.model.llm import (
     LLMSettings,
     character_tokenizer,
 )
-from isthmus.model.parts import SHIPPED, PartSettings, Source, Tune, freeze, resolve, source
+from isthmus.model.parts import ASSETS, SHIPPED, PartSettings, Source, Tune, freeze, resolve, source
 from isthmus.model.projector import LinearProjectorSettings, Projector, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.model.qformer import QFormerSettings
@@ -347,7 +347,8 @@ def dump_recipe(recipe: Experiment) -> str:
     for part, key in named_models(values):
         part[key] = _absolute(part[key])
     if isinstance(recipe, Recipe):
-        values["start_from"] = [_absolute(run) for run in recipe.start_from]
+        shipped = {weights.parent.name for weights in ASSETS.glob("*/best")}  # whatever lies here
+        values["start_from"] = [r if r in shipped else _absolute(r) for r in recipe.start_from]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 
