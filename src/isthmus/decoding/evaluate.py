@@ -49,6 +49,7 @@ class Evaluation:
     settings: dict[str, Any]
     # of each set, by reason: lines without a transcript to score by, which count for nothing
     left_out: dict[str, Counter[str]] = field(default_factory=dict)
+    chunk_seconds: float | None = None  # that the recogniser decodes as one, at most
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
     languages: LanguageScores | None = None  # where there are several
     ears: Source | None = None  # the run whose ears heard, if not its own
@@ -82,6 +83,7 @@ class Evaluation:
             "left_out": self.left_out,
             "unheard": self.unheard,
             "decode": self.settings,
+            "chunk_seconds": self.chunk_seconds,
             "ears": self.ears.to_dict() if self.ears else None,
             "feature_cache": self.feature_cache,
             "calibration": self.calibration.to_dict() if self.calibration else None,
@@ -143,7 +145,9 @@ def evaluate(
     _warn_of_marks(decoded, normaliser)
     settings = recogniser.settings.model_dump(mode="json")
     cache = recogniser.cache.precision if recogniser.cache else "none"
-    return Evaluation(decoded, scores, settings, left_out, cache, languages, recogniser.ears)
+    return Evaluation(
+        decoded, scores, settings, left_out, recogniser.longest, cache, languages, recogniser.ears
+    )
 
 
 def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> None:

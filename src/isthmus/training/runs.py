@@ -22,7 +22,7 @@ from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folde
 from isthmus.model.cache import require_cache
 from isthmus.model.parts import Source
 from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
-from isthmus.recipe_files import parse_yaml
+from isthmus.recipe_files import parse_yaml, read_yaml
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
@@ -228,8 +228,7 @@ def _environment() -> dict[str, Any]:
 
 def _recipe_changes(folder: Path, recipe: Experiment) -> dict[str, tuple[Any, Any]]:
     """The keys in which a recipe differs from that of the run."""
-    stored = parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))
-    before, now = _flat(stored), _flat(parse_yaml(dump_recipe(recipe)))
+    before, now = _flat(read_yaml(folder / RECIPE)), _flat(parse_yaml(dump_recipe(recipe)))
     keys = [*now, *(key for key in before if key not in now)]
     return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
