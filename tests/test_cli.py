@@ -40,7 +40,8 @@ def test_help_needs_neither_torch_nor_transformers(arguments: list[str]) -> None
 
 BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["train", "tiny/projektor"], "Did you mean"),
-    (["train", "no.yaml"], "not valid YAML"),
+    (["train", "no.yaml"], "no.yaml: line 2, column 7: 'llm: [' is not valid YAML: expected the"),
+    (["train", "tiny/quickstart", "a={b: 1"], "line 1, column 6: '{b: 1' is not valid YAML"),
     (["train", "tiny/projector"], "Make it: isthmus synth"),
     (["cache", "tiny/projector"], "Make it: isthmus synth"),
     (["transcribe", "a.wav", "-f", "srd"], "Did you mean 'srt'"),
@@ -72,7 +73,7 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
 
 
 def test_what_can_be_known_at_once_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "no.yaml").write_text("name: [")
+    (tmp_path / "no.yaml").write_text("name: x\nllm: [")
     (tmp_path / "newer").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "newer/recipe.yaml").write_text("name: newer\n")
@@ -117,6 +118,34 @@ def test_help_cuts_no_name_at_80_columns(
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
+@pytest.mark.parametrize("names", [[], ["analyse"]])
+def test_help_cuts_no_sentence(
+    isthmus: Isthmus, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = isthmus(*names, "--help")[1]
+    commands: dict[str, Any] = getattr(get_command(app), "commands", {})
+    for name in names:
+        commands = commands[name].commands
+    for command in commands.values():
+        assert "".join(command.help.split()) in "".join(out.split())
+
+
+def test_warnings_say_that_they_are(tmp_path: Path) -> None:
+    """Those of the log, and Python's own, each in one line; what is no warning is as it was."""
+    code = (
+        "import logging, warnings, isthmus.cli as cli\n"
+        "def app():\n"
+        "    logging.getLogger('isthmus.x').warning('one %d', 1)\n"
+        "    logging.getLogger('isthmus.x').info('two')\n"
+        "    warnings.warn('three', stacklevel=2)\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["warning: one 1", "two", "warning: three"]
+
+
 def test_options_may_have_underscores_as_whispers_have(isthmus: Isthmus) -> None:
     for given in ("--output_format", "--output-format"):
         assert "Unknown output format" in isthmus("transcribe", "a.wav", given, "x")[2]
@@ -127,7 +156,14 @@ def test_recipes_can_be_listed_and_copied_but_not_over_a_file(
 ) -> None:
     code, out, _ = isthmus("recipes", "--json")
     assert code == 0
-    assert "tiny/projector" in json.loads(out)
+    shown = json.loads(out)
+    assert shown["tiny/llama-chat-start"] == (
+        "First steps of the tiny chat model: spelling and made-up words, which cannot be guessed, "
+        "so that it learns to look and copy."
+    )
+    assert all(line.endswith(".") and ".." not in line for line in shown.values())
+    assert not any(re.search(r"\b(Run|Source|Expect|Ours):", line) for line in shown.values())
+    assert all(line in isthmus("recipes")[1] for line in shown.values())
     copy = tmp_path / "my.yaml"
     assert isthmus("cp", "tiny/projector", copy)[0] == 0
     assert "isthmus train" in copy.read_text()

@@ -6,6 +6,7 @@ from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 Options = TypeVar("Options")
 
@@ -36,6 +37,15 @@ def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable
         return run
 
     return decorate
+
+
+class WholeSummaries(TyperGroup):
+    """Commands, listed with all that they say of themselves."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for command in self.commands.values():
+            command.short_help = (command.help or "").partition("\n\n")[0]
+        super().format_commands(ctx, formatter)
 
 
 def limit(flag: str, text: str) -> Any:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 from isthmus.errors import IsthmusError
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.recipe_files import read_recipe
-from isthmus.settings.base import SHIPPED, PartSettings, Precision, Tune
+from isthmus.settings.base import ASSETS, SHIPPED, PartSettings, Precision, Tune
 from isthmus.settings.conformer import LETTERS, ConformerArchitecture, LogMelSettings, UnitSettings
 from isthmus.settings.data import CTCDataSettings, SpeechDataSettings
 from isthmus.settings.decoding import DecodeSettings
@@ -261,7 +261,8 @@ def dump_recipe(recipe: Experiment) -> str:
     for part, key in named_models(values):
         part[key] = _absolute(part[key])
     if isinstance(recipe, Recipe):
-        values["start_from"] = [_absolute(run) for run in recipe.start_from]
+        shipped = {weights.parent.name for weights in ASSETS.glob("*/best")}  # whatever lies here
+        values["start_from"] = [r if r in shipped else _absolute(r) for r in recipe.start_from]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 

@@ -212,6 +212,7 @@ def test_ctc_hears_long_utterances_in_the_same_chunks_and_once(
 
     monkeypatch.setattr(encoder, "forward", listen)
     evaluation = evaluate(transcriber, [str(tmp_path)])
+    assert evaluation.to_dict()["chunk_seconds"] == 3.0
     [scores] = ctc_scores(evaluation).sets.values()
     assert {one.id for one in scores.utterances} == {"long", "short"}
     [long] = [one for one in evaluation.sets[tmp_path.name] if one.cut.id == "long"]

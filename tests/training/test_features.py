@@ -384,8 +384,18 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureF
     cache.put("0", frames_of(0))
     assert cache.get("0") is None
     assert len(caplog.records) == 1
-    with pytest.raises(IsthmusError, match="cannot be written"):
+    with pytest.raises(IsthmusError, match=f"{tmp_path}/file/cache cannot be written"):
         FeatureCache(tmp_path / "file" / "cache", FLOAT32, strict=True)
+
+
+def test_the_file_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "_unique_name", lambda: "own")
+    (tmp_path / "own-0.bin").mkdir()
+    cache = FeatureCache(tmp_path, FLOAT32, strict=True)
+    with pytest.raises(IsthmusError, match=f"{tmp_path}/own-0.bin cannot be written: File exists"):
+        cache.put("0", frames_of(0))
 
 
 # Whose frames

@@ -13,11 +13,14 @@ import torch
 from safetensors.torch import load_file
 
 from isthmus.build import build_model
+from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
+from isthmus.files import file_sha256
 from isthmus.model import token_ctc
 from isthmus.recipe import Recipe
 from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import speech_data
+from isthmus.training.folder import PARTS
 from isthmus.training.loop import METRICS
 from isthmus.training.projector import SpeechTask
 from isthmus.training.run_loading import load_run
@@ -52,7 +55,7 @@ def make(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., R
             | {"eval_every": 5, "save_every": 1},
         }
         for name, values in changes.items():
-            plain[name] = values if "type" in values else {**plain[name], **values}
+            plain[name] = values if "type" in values else {**plain.get(name, {}), **values}
         return Recipe.model_validate({"name": "random", **plain})
 
     return recipe
@@ -342,3 +345,45 @@ def test_another_runs_ears(make: Make, tmp_path: Path, model_folder: Callable[[s
     for pair in (("linear", "ears"), ("mind", "linear")):
         with pytest.raises(IsthmusError, match="only soft tokens"):
             load_run(*(tmp_path / name for name in pair))
+
+
+def test_ears_are_named_and_bring_their_own_delay(
+    make: Make, tmp_path: Path, isthmus: Callable[..., tuple[int, str, str]]
+) -> None:
+    for name, delay in (("mind", 0.1), ("ears", 0.2)):
+        settings = {"steps": 1, "ctc_weight": 1.0}
+        recipe = make(projector=SOFT, train=settings, decode={"ctc_delay": delay, "beam_size": 1})
+        train(recipe, tmp_path / name)
+    ears = {"name": str(tmp_path / "ears"), "commit": None}
+    ears["sha256"] = {WEIGHTS: file_sha256(tmp_path / "ears" / "best" / WEIGHTS)}
+    command = "evaluate", tmp_path / "mind", tmp_path / "all.jsonl", "--json"
+    for options, delay, source in (([], 0.1, None), (["--ears", tmp_path / "ears"], 0.2, ears)):
+        report = json.loads(isthmus(*command, *options)[1])
+        assert report["decode"]["ctc_delay"] == delay
+        assert report["ears"] == source
+    named = load(tmp_path / "mind", ears=tmp_path / "ears", ctc_delay=0.3)
+    assert named.ctc_delay == 0.3
+
+
+def test_a_run_says_what_it_begins_with(make: Make, tmp_path: Path) -> None:
+    """Name and weights; another than that is refused where it begins again."""
+    for name in ("one", "two"):
+        train(make(train={"steps": 1}), tmp_path / name)
+    names = tuple(str(tmp_path / name) for name in ("one", "two"))
+    recipe = make(train={"steps": 1}).model_copy(update={"start_from": names})
+    train(recipe, tmp_path / "run")
+    parts = json.loads((tmp_path / "run" / PARTS).read_text())
+    for place, name in enumerate(names):
+        sums = {WEIGHTS: file_sha256(Path(name) / "best" / WEIGHTS)}
+        found = {"name": name, "commit": None, "sha256": sums}
+        assert parts[f"start_from.{place}"] == found
+    shutil.rmtree(tmp_path / "two")
+    load_run(tmp_path / "run")  # which needs none of them
+    train(make(train={"steps": 3}), tmp_path / "two")
+    for folder in ("best", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    with pytest.raises(IsthmusError, match=r"allow-change start_from\.1"):
+        train(recipe, tmp_path / "run", Opening(resume=True))
+    train(recipe, tmp_path / "run", Opening(resume=True, allow_change=["start_from"]))
+    again = json.loads((tmp_path / "run" / PARTS).read_text())
+    assert again["start_from.1"] != parts["start_from.1"]

@@ -16,6 +16,7 @@ from isthmus.decoding.recogniser import Recogniser
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
+from isthmus.model.parts import Source
 from isthmus.scoring import LanguageScores, SetScores, score_languages, score_sets
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring.normalise import has_marks
@@ -48,8 +49,10 @@ class Evaluation:
     settings: dict[str, Any]
     # of each set, by reason: lines without a transcript to score by, which count for nothing
     left_out: dict[str, Counter[str]] = field(default_factory=dict)
+    chunk_seconds: float | None = None  # that the recogniser decodes as one, at most
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
     languages: LanguageScores | None = None  # where there are several
+    ears: Source | None = None  # the run whose ears heard, if not its own
 
     @property
     def unheard(self) -> dict[str, Counter[str]]:
@@ -80,6 +83,8 @@ class Evaluation:
             "left_out": self.left_out,
             "unheard": self.unheard,
             "decode": self.settings,
+            "chunk_seconds": self.chunk_seconds,
+            "ears": self.ears.to_dict() if self.ears else None,
             "feature_cache": self.feature_cache,
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "audio_seconds": audio,
@@ -140,7 +145,9 @@ def evaluate(
     _warn_of_marks(decoded, normaliser)
     settings = recogniser.settings.model_dump(mode="json")
     cache = recogniser.cache.precision if recogniser.cache else "none"
-    return Evaluation(decoded, scores, settings, left_out, cache, languages)
+    return Evaluation(
+        decoded, scores, settings, left_out, recogniser.longest, cache, languages, recogniser.ears
+    )
 
 
 def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> None:

@@ -101,7 +101,7 @@ def system(
     if str(run) == DEFAULT:  # the choice of this process, not of each that loads it
         run = default_system()
     folder = system_folder(run)
-    decode = system_settings(folder, settings or {})
+    decode = system_settings(folder, settings or {}, ears)
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})

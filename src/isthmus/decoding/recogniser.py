@@ -24,6 +24,7 @@ from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder
+from isthmus.model.parts import Source
 from isthmus.settings.decoding import RecogniserSettings
 from isthmus.speech.activity import Region, speech_regions
 from isthmus.speech.audio import (
@@ -78,6 +79,7 @@ class Recogniser(ABC):
     ctc: CTCHead | None = None
     ctc_delay: float | None = None  # seconds, in place of the head's own
     aligner: Encoder | None = None
+    ears: Source | None = None  # the run whose encoder and projector it has in place of its own
     cache: "FeatureCache | None" = None
 
     @property

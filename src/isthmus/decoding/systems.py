@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.decoding.recogniser import Recogniser
-from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load
+from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load, run_folder
 from isthmus.errors import IsthmusError
 from isthmus.model.hub import download
 from isthmus.model.parts import resolve
@@ -32,16 +32,19 @@ def system_folder(name: str | Path) -> Path:
     return resolve(str(local or name))
 
 
-def system_settings(folder: Path, changes: Mapping[str, Any]) -> RecogniserSettings:
+def system_settings(
+    folder: Path, changes: Mapping[str, Any], ears: str | None = None
+) -> RecogniserSettings:
     """The settings of what is in a `system_folder`, some of them replaced; None leaves one.
 
-    Warns of those that have no effect on it. No model is loaded. Raises IsthmusError.
+    `ears` are those of `load_system`. Warns of settings that have no effect on it. No model is
+    loaded. Raises IsthmusError.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if holds_run(folder):
         if given.pop("language", None):
             log.warning("language has no effect on a run: its instruction says what it is to do.")
-        return decode_settings(folder, given)
+        return decode_settings(folder, given, None if ears is None else run_folder(ears))
     from isthmus.decoding.pretrained import pretrained_settings  # of which runs need nothing
 
     own = pretrained_settings(folder)
@@ -66,7 +69,7 @@ def load_system(
     IsthmusError.
     """
     folder = system_folder(name)
-    own = system_settings(folder, settings)
+    own = system_settings(folder, settings, ears)
     if isinstance(own, DecodeSettings):
         return load(folder, cached=cached, align_model=align_model, ears=ears, **own.model_dump())
     if ears is not None:

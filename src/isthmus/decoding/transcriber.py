@@ -44,7 +44,7 @@ from isthmus.recipe import change_settings
 from isthmus.settings.decoding import DecodeSettings
 from isthmus.speech.activity import has_speech
 from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.run_loading import load_run, stored_recipe
+from isthmus.training.run_loading import load_run, run_source, stored_recipe
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
     from isthmus.training.features import FeatureCache
@@ -387,10 +387,10 @@ def load(
     encoder and projector take the places of this one's. Further arguments are those of
     DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid.
     """
-    folder = run_folder(run)
-    decode = decode_settings(folder, settings)
+    folder, of_ears = run_folder(run), None if ears is None else run_folder(ears)
+    decode = decode_settings(folder, settings, of_ears)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
-    model, recipe = load_run(folder, run_folder(ears) if ears is not None else None)
+    model, recipe = load_run(folder, of_ears)
     if recipe.llm.mergeable and model.llm.dtype == torch.float32:
         merge_adapters(model.llm)  # in half precision the sum would round the adapters off
     cache = None
@@ -398,22 +398,23 @@ def load(
         from isthmus.training.data import feature_cache
 
         cache = feature_cache(recipe, model)
-    return Transcriber(
-        model,
-        decode,
-        cache,
-        load_ctc(align_model) if align_model else None,
-        ngram,
-    )
+    aligner = load_ctc(align_model) if align_model else None
+    transcriber = Transcriber(model, decode, cache, aligner, ngram)
+    transcriber.ears = None if of_ears is None else run_source(str(ears), of_ears)
+    return transcriber
 
 
-def decode_settings(run: Path, changes: Mapping[str, Any]) -> DecodeSettings:
+def decode_settings(
+    run: Path, changes: Mapping[str, Any], ears: Path | None = None
+) -> DecodeSettings:
     """The run's own, some of them replaced; None leaves one. No model is loaded.
 
-    Raises IsthmusError for one that is not valid, or that needs what is not installed.
+    Labels come as late as those of the `ears` do, where they are another run's. Raises IsthmusError
+    for one that is not valid, or that needs what is not installed.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    settings = change_settings(stored_recipe(run).decode, given)
+    own = {} if ears is None else {"ctc_delay": stored_recipe(ears).decode.ctc_delay}
+    settings = change_settings(stored_recipe(run).decode, own | given)
     if settings.gate == "silero" and importlib.util.find_spec("silero_vad") is None:
         raise IsthmusError(
             "decode.gate (--gate) is silero, which is not installed. Install the extra: pip "

@@ -17,7 +17,7 @@ from isthmus.recipe import Recipe, dump_recipe, named_models
 from isthmus.recipe_files import parse_yaml
 from isthmus.speech.utterances import expand_path
 from isthmus.training.checkpoint import STATE, Progress, save_checkpoint
-from isthmus.training.folder import BEST, PARTS, RECIPE
+from isthmus.training.folder import BEST, ENVIRONMENT, PARTS, RECIPE
 from isthmus.training.run_loading import load_run, stored_recipe, trained_weights
 
 
@@ -43,7 +43,8 @@ def export_run(run: Path, folder: Path) -> int:
     """Write a run into a new folder that can be read on any machine; its trained bytes.
 
     What was trained is stored in bfloat16. Parts that `isthmus fetch` knows get the names it knows
-    them by; of corpora the names stay, not where they lie.
+    them by; of corpora and of runs that it began with the names stay, not where they lie. The
+    versions that it was trained with are kept, but not the command.
 
     Raises IsthmusError when the folder exists, or the run needs a file of this machine.
     """
@@ -56,10 +57,16 @@ def export_run(run: Path, folder: Path) -> int:
         for name, value in model.trained_state().items()
     }
     parts = {name: part.to_dict() for name, part in sources(shipped).items()}
+    for name, part in read_json(run / PARTS).items():
+        if name.startswith("start_from"):
+            parts[name] = part | {"name": Path(part["name"]).name}
+    environment = read_json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
+    environment.pop("command", None)
 
     def write(path: Path) -> None:
         save_checkpoint(path / BEST, state, Progress(**read_json(weights / STATE)))
-        write_atomic(path / PARTS, json.dumps(parts, indent=2) + "\n")
+        for file, values in ((PARTS, parts), (ENVIRONMENT, environment)):
+            write_atomic(path / file, json.dumps(values, indent=2) + "\n")
         write_atomic(path / RECIPE, dump_recipe(shipped))
 
     write_folder(folder, write)

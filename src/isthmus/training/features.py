@@ -342,8 +342,9 @@ class FeatureCache:
     def _stop_writing(self, error: OSError) -> None:
         self._writer = None
         message = (
-            f"feature cache {self.folder} cannot be written: {error.strerror}. Make room or give "
-            f"permission there, or set {CACHE_VARIABLE} to a folder on another disk."
+            f"feature cache: {error.filename or self.folder} cannot be written: {error.strerror}. "
+            f"Make room or give permission there, or set {CACHE_VARIABLE} to a folder on another "
+            "disk."
         )
         if self.strict:
             raise IsthmusError(message) from error

@@ -8,8 +8,9 @@ from typing import Any
 from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import choose_device, sources
+from isthmus.model.parts import Source, choose_device, sources
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.model.weights import sha256
 from isthmus.recipe import Experiment, Recipe, load_recipe
 from isthmus.training import checkpoint
 from isthmus.training.folder import (
@@ -80,8 +81,14 @@ def trained_weights(folder: Path) -> Path:
     return newest
 
 
-def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> None:
-    """Give a model the trained weights of another run, as far as both have them.
+def run_source(name: str, folder: Path) -> Source:
+    """What another run is recorded by: its name, and the SHA-256 of its trained weights."""
+    weights = trained_weights(folder) / checkpoint.WEIGHTS
+    return Source(name, None, {weights.name: sha256(weights)})
+
+
+def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> Source:
+    """Give a model the trained weights of another run, as far as both have them; which they are.
 
     What is new is logged. Raises IsthmusError for weights of another shape or another language
     model, and where they share none.
@@ -102,6 +109,7 @@ def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> None:
         f"{new:,}",
         f"; only one of the two has {', '.join(sorted(projector)[:4])}" if projector else "",
     )
+    return run_source(run, folder)
 
 
 def _same_llm(heard: Recipe, folder: Path, recipe: Recipe) -> None:

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -21,9 +21,9 @@ from isthmus.build import build_conformer, build_model
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folder
 from isthmus.model.cache import require_cache
-from isthmus.model.parts import sources
+from isthmus.model.parts import Source, sources
 from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
-from isthmus.recipe_files import parse_yaml
+from isthmus.recipe_files import parse_yaml, read_yaml
 from isthmus.training import checkpoint
 from isthmus.training.batches import SpeechData
 from isthmus.training.checkpoint import Progress
@@ -93,17 +93,21 @@ class RunFolder:
         if self._lock is not None:
             self._lock.__exit__(None, None, None)
 
-    def begin(self, data: Mapping[str, str] | None = None) -> None:
+    def begin(
+        self, data: Mapping[str, str] | None = None, begun_from: Sequence[Source] = ()
+    ) -> None:
         """Write what explains the run; `data` are checksums of what is trained on.
 
-        A run that is not resumed is removed first.
+        `begun_from` are the runs that it begins with now. A run that is not resumed is removed
+        first.
         """
         if len(set(self.ranks.gather([json.dumps(data, sort_keys=True)]))) > 1:
             raise IsthmusError(
                 "The processes do not find the same data: ids, durations or texts differ, or some "
                 "cannot read a recording that others can. Give all machines the same files."
             )
-        self.ranks.lead(lambda: self._begin(data))
+        runs = {f"start_from.{place}": one.to_dict() for place, one in enumerate(begun_from)}
+        self.ranks.lead(lambda: self._begin(data, runs))
 
     def _enter(self) -> None:
         if self.folder.exists():  # nothing is made before models and data are there
@@ -160,7 +164,7 @@ class RunFolder:
     def _allowed(self, key: str) -> bool:
         return any(key == one or key.startswith(f"{one}.") for one in self.opening.allow_change)
 
-    def _begin(self, data: Mapping[str, str] | None) -> None:
+    def _begin(self, data: Mapping[str, str] | None, runs: Mapping[str, Any]) -> None:
         if self._lock is None:
             self._lock = FolderLock(self.folder).__enter__()
             self._check()
@@ -170,6 +174,8 @@ class RunFolder:
             before = read_json(self.folder / DATA) if data is not None else {}
             if data is not None and before != data:
                 self._refuse({"data": (before, data)})
+            then = read_json(self.folder / PARTS)
+            self._refuse({n: (then[n], runs[n]) for n in runs.keys() & then if then[n] != runs[n]})
             self._note_changes()
         else:
             found = [path for path in self.folder.iterdir() if _is_written(path.name)]
@@ -180,8 +186,8 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            parts = {name: part.to_dict() for name, part in sources(self.recipe).items()}
-            _write_json(self.folder / PARTS, parts)
+            then = {name: part.to_dict() for name, part in sources(self.recipe).items()}
+        _write_json(self.folder / PARTS, then | runs)
         if data is not None:
             _write_json(self.folder / DATA, data)
         _write_json(self.folder / ENVIRONMENT, _environment())
@@ -223,8 +229,7 @@ def _environment() -> dict[str, Any]:
 
 def _recipe_changes(folder: Path, recipe: Experiment) -> dict[str, tuple[Any, Any]]:
     """The keys in which a recipe differs from that of the run."""
-    stored = parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))
-    before, now = _flat(stored), _flat(parse_yaml(dump_recipe(recipe)))
+    before, now = _flat(read_yaml(folder / RECIPE)), _flat(parse_yaml(dump_recipe(recipe)))
     keys = [*now, *(key for key in before if key not in now)]
     return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
@@ -265,8 +270,8 @@ def train(
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
         model = build_model(pinned)
         going_on = run.resumed and checkpoint.checkpoints(folder / CHECKPOINTS)
-        for other in () if going_on else recipe.start_from:
-            begin_from(model, recipe, other)
+        others = () if going_on else recipe.start_from
+        begun_from = [begin_from(model, recipe, other) for other in others]
         if recipe.train.llm_weight == 0 and recipe.llm.tune != "frozen" and not recipe.start_from:
             log.warning(
                 "llm.tune is %s, but train.llm_weight is 0: the LLM never runs, and nothing of it "
@@ -278,7 +283,7 @@ def train(
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
-        run.begin(_digests(train_data, dev))
+        run.begin(_digests(train_data, dev), begun_from)
         task = SpeechTask(model, train_data, dev, recipe)
         cache = feature_cache(recipe, model)
         task.use_cache(cache)

@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.errors import IsthmusError
+from isthmus.options import WholeSummaries
 from isthmus.verbs.common import AllowChange, Json, Overrides, RecipeName, print_json
 
 if TYPE_CHECKING:
     from isthmus.lab.sweep_table import Table
 
 app = typer.Typer()
-analyse = typer.Typer(help="What training did, and how the result works.", no_args_is_help=True)
+analyse = typer.Typer(
+    cls=WholeSummaries,
+    help="What training did, and how the result works.",
+    no_args_is_help=True,
+)
 app.add_typer(analyse, name="analyse")
 
 

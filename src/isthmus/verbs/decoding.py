@@ -212,10 +212,10 @@ def _check_nbest(options: TranscribeOptions) -> None:
     run = local_system(options.model) if beam is None else None
     recipe = run / RECIPE if run is not None else None
     if recipe is not None and recipe.is_file():
-        from isthmus.recipe_files import parse_yaml
+        from isthmus.recipe_files import read_yaml
 
-        stored = parse_yaml(recipe.read_text(encoding="utf-8"))
-        beam = (stored.get("decode") or {}).get("beam_size")  # runs have every default in theirs
+        stored = read_yaml(recipe).get("decode") or {}
+        beam = stored.get("beam_size")  # runs have every default in theirs
     if beam is not None and options.nbest > beam:
         raise IsthmusError(
             f"--nbest {options.nbest} is more than --beam-size {beam}, the hypotheses that are "
@@ -374,7 +374,7 @@ def evaluate(options: EvaluateOptions) -> None:
         from isthmus.decoding.evaluate import evaluate as job
         from isthmus.decoding.systems import load_system, system_folder, system_settings
 
-        own = system_settings(system_folder(options.run), {})
+        own = system_settings(system_folder(options.run), {}, options.ears)
         recogniser = load_system(
             options.run,
             ears=options.ears,

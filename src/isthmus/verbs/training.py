@@ -1,9 +1,11 @@
 """Verbs that train, and those for their recipes."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -235,7 +237,7 @@ def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
     from isthmus.recipe_files import shipped_recipes
 
-    shipped = {name: _headline(path) for name, path in shipped_recipes().items()}
+    shipped = {name: _description(path) for name, path in shipped_recipes().items()}
     if as_json:
         print_json(shipped)
     else:
@@ -273,7 +275,8 @@ def schema(
     print_json(kinds[kind].model_json_schema())
 
 
-def _headline(path: Path) -> str:
-    """The first comment line of a recipe."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip()
+def _description(path: Path) -> str:
+    """The comment that a recipe begins with, up to the first line that says what it is of."""
+    first, *lines = path.read_text(encoding="utf-8").splitlines()
+    more = takewhile(re.compile(r"#(?! [A-Z]\w+: )").match, lines)
+    return " ".join(line.removeprefix("#").strip() for line in (first, *more))
