@@ -19,8 +19,8 @@ import torch
 
 from isthmus.build import encoder_of
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import FeatureCache, encoder_description
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.training.features import FeatureCache, encoder_description
 
 PARTS = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
 SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", "../shared/speech")) / "en_librispeech/train.jsonl"

@@ -42,11 +42,22 @@ from transformers.utils import logging as transformers_logging
 
 from isthmus.build import build_model
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import (
+    CACHE_VARIABLE,
+    feature_cache,
+)
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import Batch, Group, transcript
-from isthmus.training.data import feature_cache, speech_data
-from isthmus.training.features import CACHE_VARIABLE
+from isthmus.speech.cuts import (
+    transcript,
+)
+from isthmus.training.batches import (
+    Batch,
+    Group,
+)
+from isthmus.training.data import (
+    speech_data,
+)
 from isthmus.training.loop import METRICS, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, place, prepare

@@ -28,7 +28,7 @@ UNUSED = (
     "isthmus.scoring",
     "isthmus.speech.corpora",
     "isthmus.training.batches",
-    "isthmus.training.features",
+    "isthmus.runs.feature_cache",
     "isthmus.training.loop",
     "isthmus.training.runs",
 )

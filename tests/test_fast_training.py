@@ -15,7 +15,8 @@ from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
-from isthmus.training import features, runs
+from isthmus.runs import feature_cache
+from isthmus.training import runs
 from isthmus.training.loop import METRICS
 from isthmus.training.runs import Opening, train
 
@@ -172,7 +173,7 @@ def test_a_disk_without_room_for_the_cache_does_not_end_training(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features._Writer, "append", full)
+    monkeypatch.setattr(feature_cache._Writer, "append", full)
     with caplog.at_level(logging.WARNING):
         found = curve(make(data={"feature_cache": "float32"}), tmp_path / "other")
     assert found == expected

@@ -16,8 +16,10 @@ from isthmus.build import build_model
 from isthmus.decoding.transcriber import load
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import (
+    feature_cache,
+)
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.data import feature_cache
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import arithmetic
 from isthmus.training.runs import cache_features, train

@@ -17,11 +17,13 @@ from isthmus.lab.synthesis import Voice, speak, synthesise_corpus
 from isthmus.model.fetch import SYSTEMS
 from isthmus.model.parts import resolve, source, sources
 from isthmus.recipe import Recipe, load_recipe
+from isthmus.runs.folder import BEST, SHIPPED_RUNS
+from isthmus.runs.loading import load_run
 from isthmus.settings.base import ASSETS, SHIPPED
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import BEST, SHIPPED_RUNS
-from isthmus.training.run_loading import load_run
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.runs import train
 
 SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", Path(__file__).parents[2] / "shared/speech"))

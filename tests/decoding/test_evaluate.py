@@ -16,9 +16,11 @@ from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.decoding.transcript import together
 from isthmus.errors import IsthmusError
 from isthmus.recipe import change_settings, load_recipe
+from isthmus.runs.feature_cache import (
+    feature_cache,
+)
 from isthmus.scoring import normaliser
 from isthmus.training.batches import collate
-from isthmus.training.data import feature_cache
 from isthmus.training.runs import train
 
 Isthmus = Callable[..., tuple[int, str, str]]

@@ -34,7 +34,9 @@ from isthmus.recipe import Recipe, change_settings
 from isthmus.scoring import score
 from isthmus.settings.conformer import SentencePieceUnits
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
+from isthmus.speech.cuts import (
+    transcript,
+)
 from tests.conftest import WAV2VEC2_UNITS
 
 END = 2

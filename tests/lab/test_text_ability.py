@@ -19,9 +19,9 @@ from isthmus.lab.text_ability import TextAbility, text_ability
 from isthmus.model.adapters import save_adapter
 from isthmus.model.llm import build_llm
 from isthmus.recipe import Recipe
+from isthmus.runs.export import export_adapter
+from isthmus.runs.loading import load_run, stored_recipe
 from isthmus.settings.llm import LLMSettings
-from isthmus.training.export import export_adapter
-from isthmus.training.run_loading import load_run, stored_recipe
 from isthmus.training.runs import train
 
 Run = Callable[..., Path]

@@ -16,8 +16,8 @@ from isthmus.errors import IsthmusError
 from isthmus.model.parts import sources
 from isthmus.model.units import Units, files_digest
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
+from isthmus.runs.loading import load_run
 from isthmus.training.clusters import kmeans, make_units
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import Opening, train
 
 SMALL = {"heads": 2, "hidden": 8}

@@ -18,12 +18,12 @@ from isthmus.errors import IsthmusError
 from isthmus.files import file_sha256
 from isthmus.model import token_ctc
 from isthmus.recipe import Recipe
-from isthmus.training.checkpoint import WEIGHTS
+from isthmus.runs.checkpoint import WEIGHTS
+from isthmus.runs.folder import PARTS
+from isthmus.runs.loading import load_run
 from isthmus.training.data import speech_data
-from isthmus.training.folder import PARTS
 from isthmus.training.loop import METRICS
 from isthmus.training.projector import SpeechTask
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import SHAPING, Opening, train
 
 TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")

@@ -20,13 +20,13 @@ from isthmus.errors import IsthmusError
 from isthmus.model.conformer import ConformerCTC
 from isthmus.model.spelling import for_ctc, learn_units
 from isthmus.recipe import CTCRecipe
+from isthmus.runs.checkpoint import WEIGHTS
 from isthmus.settings.conformer import (
     LETTERS,
     ConformerArchitecture,
     LogMelSettings,
     SentencePieceUnits,
 )
-from isthmus.training.checkpoint import WEIGHTS
 from isthmus.training.data import fits_model
 from isthmus.training.parallel import Ranks
 from isthmus.training.runs import Opening, pretrain_ctc

@@ -17,7 +17,7 @@ from isthmus.lab.synthesis import Voice, speak
 from isthmus.model import fetch
 from isthmus.recipe import dump_recipe, load_recipe
 from isthmus.recipe_files import parse_yaml
-from isthmus.training.folder import (
+from isthmus.runs.folder import (
     BASE,
     SHIPPED_RUNS,
     TINY,

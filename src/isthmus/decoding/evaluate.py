@@ -22,9 +22,11 @@ from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring.normalise import has_marks
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus, scorable
-from isthmus.speech.cuts import FAULT
-from isthmus.training.batches import transcript
-from isthmus.training.languages import language
+from isthmus.speech.cuts import (
+    FAULT,
+    language,
+    transcript,
+)
 
 OnBatch = Callable[[int, int], None]  # utterances done, of how many
 log = logging.getLogger(__name__)

@@ -37,16 +37,19 @@ from isthmus.files import discard, read_json, write_atomic
 from isthmus.model.parts import source
 from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
+from isthmus.runs.checkpoint import WEIGHTS
+from isthmus.runs.folder import DEFAULT, RECIPE, default_system, holds_run
+from isthmus.runs.folder import PARTS as FROZEN
+from isthmus.runs.loading import trained_weights
 from isthmus.settings.decoding import RecogniserSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
-from isthmus.speech.cuts import FAULT, ORIGIN
+from isthmus.speech.cuts import (
+    FAULT,
+    ORIGIN,
+    language,
+)
 from isthmus.speech.utterances import same_id
-from isthmus.training.checkpoint import WEIGHTS
-from isthmus.training.folder import DEFAULT, RECIPE, default_system, holds_run
-from isthmus.training.folder import PARTS as FROZEN
-from isthmus.training.languages import language
-from isthmus.training.run_loading import trained_weights
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"

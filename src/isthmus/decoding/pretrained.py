@@ -20,6 +20,7 @@ from isthmus.decoding.transcript import Segment
 from isthmus.errors import IsthmusError, suggest
 from isthmus.model.ctc_head import CTCHead, own_tokenizer
 from isthmus.model.encoder import Encoder, load_extractor
+from isthmus.model.features import padded
 from isthmus.model.parts import (
     choose_device,
     load_network,
@@ -29,7 +30,6 @@ from isthmus.model.parts import (
 )
 from isthmus.settings.decoding import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
-from isthmus.training.batches import collate
 
 START_OF_ENGLISH = 50257  # <|startoftranscript|> in Whispers of English, in others 50258
 SHORTEST = SAMPLE_RATE // 10  # samples; a shorter utterance is followed by silence up to there
@@ -73,9 +73,9 @@ class CTCRecogniser(Recogniser):
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         ctc = self.ctc
         assert ctc is not None
-        batch = collate([""] * len(speech), [one.waveform for one in speech], [])
-        batch = batch.to(next(self.encoder.parameters()).device)
-        frames, lengths = self.encoder(batch.waveforms, batch.num_samples)
+        device = next(self.encoder.parameters()).device
+        waveforms, num_samples = padded([one.waveform for one in speech])
+        frames, lengths = self.encoder(waveforms.to(device), num_samples.to(device))
         rows = zip(speech, frames, lengths.tolist(), strict=True)
         return [
             self._segment(one, ctc, ctc.log_probs(own[None, :length])[0].cpu(), words)

@@ -38,7 +38,7 @@ from isthmus.speech.audio import (
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
     from lhotse.cut import Cut
 
-    from isthmus.training.features import FeatureCache
+    from isthmus.runs.feature_cache import FeatureCache
 
 FILE = (str, Path, bytes, Recording)  # audio that is still to be decoded
 Audio: TypeAlias = "str | Path | bytes | Recording | np.ndarray | Cut"
@@ -272,7 +272,9 @@ def _language(audio: Audio) -> str:
     """The language of a cut as its corpus has it, else ""."""
     if not _is_cut(audio):
         return ""
-    from isthmus.training.languages import language
+    from isthmus.speech.cuts import (
+        language,
+    )
 
     return language(_cut(audio))
 

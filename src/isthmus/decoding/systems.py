@@ -11,8 +11,8 @@ from isthmus.errors import IsthmusError
 from isthmus.model.hub import download
 from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
+from isthmus.runs.folder import CONFIG, RECIPE, holds_run, local_system
 from isthmus.settings.decoding import DecodeSettings, RecogniserSettings
-from isthmus.training.folder import CONFIG, RECIPE, holds_run, local_system
 
 log = logging.getLogger(__name__)
 

@@ -41,13 +41,13 @@ from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.recipe import change_settings
+from isthmus.runs.folder import DEFAULT, local_run
+from isthmus.runs.loading import load_run, run_source, stored_recipe
 from isthmus.settings.decoding import DecodeSettings
 from isthmus.speech.activity import has_speech
-from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.run_loading import load_run, run_source, stored_recipe
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
-    from isthmus.training.features import FeatureCache
+    from isthmus.runs.feature_cache import FeatureCache
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
@@ -395,7 +395,9 @@ def load(
         merge_adapters(model.llm)  # in half precision the sum would round the adapters off
     cache = None
     if cached:
-        from isthmus.training.data import feature_cache
+        from isthmus.runs.feature_cache import (
+            feature_cache,
+        )
 
         cache = feature_cache(recipe, model)
     aligner = load_ctc(align_model) if align_model else None

@@ -15,7 +15,7 @@ from isthmus.lab.figures import DASH
 from isthmus.lab.report import STYLE, page
 from isthmus.lab.svg import RunCurve, moving_mean, runs_chart
 from isthmus.recipe_files import read_yaml
-from isthmus.training.folder import RECIPE
+from isthmus.runs.folder import RECIPE
 from isthmus.training.loop import METRICS
 
 SMOOTH = 60  # windows of the moving mean in the longest curve

@@ -28,9 +28,9 @@ from isthmus.model.prompt import (
     tokenise,
 )
 from isthmus.recipe import LanguageRecipe
-from isthmus.training import checkpoint
-from isthmus.training.checkpoint import Progress
-from isthmus.training.folder import BEST, MODEL
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import Progress
+from isthmus.runs.folder import BEST, MODEL
 from isthmus.training.loop import Loss, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.runs import Opening, RunFolder

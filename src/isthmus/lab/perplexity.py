@@ -29,13 +29,15 @@ from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, build_llm
 from isthmus.model.parts import choose_device
 from isthmus.model.prompt import plain_tokens
+from isthmus.runs.folder import DEFAULT, SHIPPED_RUNS, holds_run
+from isthmus.runs.loading import load_run
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring import read_texts
 from isthmus.settings.llm import LLMSettings
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import DEFAULT, SHIPPED_RUNS, holds_run
-from isthmus.training.run_loading import load_run
+from isthmus.speech.cuts import (
+    transcript,
+)
 
 LOGIT_BYTES = 256 * 2**20  # of a batch, in float32
 

@@ -32,9 +32,16 @@ from isthmus.settings.data import Corpus, DataSettings
 from isthmus.settings.encoder import PairSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
+from isthmus.speech.cuts import (
+    language,
+    transcript,
+)
 from isthmus.training.hardware import named_peak
-from isthmus.training.languages import allotment, check_named, chosen, language
+from isthmus.training.languages import (
+    allotment,
+    check_named,
+    chosen,
+)
 
 HOURS = 960.0  # LibriSpeech ...
 MEAN_SECONDS = 12.3  # ... and its mean utterance

@@ -24,10 +24,12 @@ from isthmus.lab.emergence import EmergenceMonitor
 from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
+from isthmus.runs.checkpoint import Progress
 from isthmus.settings.training import LoopSettings
 from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import transcript
-from isthmus.training.checkpoint import Progress
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.loop import OnStep
 from isthmus.training.projector import SpeechTask
 from isthmus.training.runs import Opening, train

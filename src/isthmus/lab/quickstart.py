@@ -23,9 +23,11 @@ from isthmus.lab.report import Curves, Part, Report, pick_examples, render
 from isthmus.lab.synthesis import draw_texts, synthesise_corpus
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
+from isthmus.runs.folder import ASSETS, default_system
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import ASSETS, default_system
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.runs import train
 
 DOMAINS = {"digit": 1.0, "digits": 2.0, "command": 2.0, "keyword": 1.0, "order": 2.0}

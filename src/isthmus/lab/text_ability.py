@@ -21,10 +21,10 @@ from isthmus.model.adapters import merge_adapters
 from isthmus.model.llm import LLM
 from isthmus.model.parts import choose_device
 from isthmus.recipe import Recipe
+from isthmus.runs.loading import load_run
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
 from isthmus.settings.base import Tune
 from isthmus.settings.llm import LoraSettings
-from isthmus.training.run_loading import load_run
 
 RESAMPLES = 1000
 

@@ -24,17 +24,22 @@ from isthmus.model.cache import require_cache
 from isthmus.model.parts import Source, sources
 from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
 from isthmus.recipe_files import parse_yaml, read_yaml
-from isthmus.training import checkpoint
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import Progress
+from isthmus.runs.feature_cache import (
+    Verification,
+    feature_cache,
+)
+from isthmus.runs.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RECIPE
+from isthmus.runs.loading import as_recorded, begin_from, compare_sources
 from isthmus.training.batches import SpeechData
-from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
-from isthmus.training.data import feature_cache, speech_data
-from isthmus.training.features import Verification
-from isthmus.training.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RECIPE
+from isthmus.training.data import (
+    speech_data,
+)
 from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
-from isthmus.training.run_loading import as_recorded, begin_from, compare_sources
 from isthmus.training.spelling import UNITS, keep_units, run_units
 
 DATA = "data.json"

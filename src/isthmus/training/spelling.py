@@ -13,11 +13,13 @@ from isthmus.files import recover_folder, write_folder
 from isthmus.model.parts import loading
 from isthmus.model.spelling import for_ctc, learn_units
 from isthmus.recipe import CTCRecipe
+from isthmus.runs import checkpoint
+from isthmus.runs.folder import CHECKPOINTS
 from isthmus.settings.data import Corpus
 from isthmus.speech.corpora import read_corpus
-from isthmus.training import checkpoint
-from isthmus.training.batches import transcript
-from isthmus.training.folder import CHECKPOINTS
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.languages import chosen
 from isthmus.training.parallel import Ranks
 

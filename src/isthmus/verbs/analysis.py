@@ -302,7 +302,7 @@ def export_run(
 ) -> None:
     """Write a run so that it can be read on any machine, what it trained in bfloat16."""
     from isthmus.decoding.transcriber import run_folder
-    from isthmus.training.export import export_run as job
+    from isthmus.runs.export import export_run as job
 
     num_bytes = job(run_folder(run), folder)
     if as_json:
@@ -319,7 +319,7 @@ def export_adapter(
 ) -> None:
     """Write the LoRA adapters of a run's LLM so that peft opens them."""
     from isthmus.decoding.transcriber import run_folder
-    from isthmus.training.export import export_adapter as job
+    from isthmus.runs.export import export_adapter as job
 
     base = job(run_folder(run), folder)
     if as_json:

@@ -145,7 +145,7 @@ def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
     from isthmus.decoding.formats import PLAIN, check_outputs
     from isthmus.decoding.inputs import are_corpora
-    from isthmus.training.folder import DEFAULT, local_system
+    from isthmus.runs.folder import DEFAULT, local_system
 
     words = options.word_timestamps or options.layout != PLAIN
     if options.model != DEFAULT:  # which may have to be downloaded: only for good recordings
@@ -204,7 +204,7 @@ def _check_corpora(options: TranscribeOptions) -> None:
 
 def _check_nbest(options: TranscribeOptions) -> None:
     """Raise IsthmusError where more hypotheses are asked for than are kept."""
-    from isthmus.training.folder import RECIPE, local_system
+    from isthmus.runs.folder import RECIPE, local_system
 
     if not options.nbest:
         return
@@ -359,9 +359,9 @@ def evaluate(options: EvaluateOptions) -> None:
     """Transcribe corpora with a run or a pretrained model, and score the result."""
     from isthmus.decoding.formats import check_folder
     from isthmus.display import counting, loading, print_scores
+    from isthmus.runs.folder import local_system
     from isthmus.scoring import normaliser as find_normaliser
     from isthmus.speech.utterances import find_corpus
-    from isthmus.training.folder import local_system
 
     local_system(options.run)
     find_normaliser(options.normaliser)

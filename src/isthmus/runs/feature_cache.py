@@ -33,6 +33,8 @@ from torch import Tensor
 from isthmus.errors import IsthmusError
 from isthmus.files import CACHE_VARIABLE, read_json, user_cache, write_atomic
 from isthmus.model.parts import sources
+from isthmus.model.speech_llm import SpeechLLM
+from isthmus.recipe import Recipe
 from isthmus.settings.base import Precision
 from isthmus.settings.encoder import EncoderSettings
 from isthmus.speech.corpora import load_cut
@@ -415,3 +417,23 @@ def _checksum(key: str, frames: Tensor) -> str:
     digest = hashlib.sha256(f"{key} {list(frames.shape)} {frames.dtype} ".encode())
     digest.update(_bytes(frames))
     return digest.hexdigest()
+
+
+def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> FeatureCache | None:
+    """The cache of a recipe's encoder; None, with the reason in the log, where it has none.
+
+    `strict`: what cannot be written is an error instead of a warning.
+    """
+    precision = recipe.data.feature_cache
+    if precision == "none":
+        return None
+    acting = [name for name in ("augment", "join") if getattr(recipe.data, name) is not None]
+    if acting or recipe.encoder.tune != "frozen":
+        reason = f"data.{acting[0]} changes the audio" if acting else "the encoder is trained"
+        log.warning("feature cache: off, because %s.", reason)
+        return None
+    dtype = str(next(model.encoder.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
+    description = encoder_description(recipe.encoder, dtype=dtype, precision=precision)
+    cache = FeatureCache(cache_folder(description), description, strict=strict)
+    log.info("feature cache: %s", cache.folder)
+    return cache

@@ -12,8 +12,8 @@ from isthmus.model.parts import Source, choose_device, sources
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.weights import sha256
 from isthmus.recipe import Experiment, Recipe, load_recipe
-from isthmus.training import checkpoint
-from isthmus.training.folder import (
+from isthmus.runs import checkpoint
+from isthmus.runs.folder import (
     BEST,
     CHECKPOINTS,
     PARTS,

@@ -15,10 +15,10 @@ from isthmus.model.fetch import name_of
 from isthmus.model.parts import source, sources
 from isthmus.recipe import Recipe, dump_recipe, named_models
 from isthmus.recipe_files import parse_yaml
+from isthmus.runs.checkpoint import STATE, Progress, save_checkpoint
+from isthmus.runs.folder import BEST, ENVIRONMENT, PARTS, RECIPE
+from isthmus.runs.loading import load_run, stored_recipe, trained_weights
 from isthmus.speech.utterances import expand_path
-from isthmus.training.checkpoint import STATE, Progress, save_checkpoint
-from isthmus.training.folder import BEST, ENVIRONMENT, PARTS, RECIPE
-from isthmus.training.run_loading import load_run, stored_recipe, trained_weights
 
 
 def export_adapter(run: Path, folder: Path) -> str:

@@ -14,10 +14,10 @@ from isthmus.files import file_sha256, verify_folder
 from isthmus.lab.synthesis import synthesise_corpus
 from isthmus.model import fetch
 from isthmus.recipe import load_recipe
+from isthmus.runs.export import export_run
+from isthmus.runs.folder import BEST, SHIPPED_RUNS
+from isthmus.runs.loading import load_run
 from isthmus.settings.base import SHIPPED
-from isthmus.training.export import export_run
-from isthmus.training.folder import BEST, SHIPPED_RUNS
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import train
 
 
