@@ -60,12 +60,12 @@ def is_word(text: str) -> bool:
     return any(one.isalnum() or unicodedata.category(one) in ("Cn", "Co") for one in text)
 
 
-def raw_lines(path: Path) -> Iterator[str]:
+def raw_lines(path: Path, *, strict: bool = False) -> Iterator[str]:
     """The lines of a UTF-8 file, gzip or not, with their ends; lone CRs end them in a file that has
     no other ends.
 
     Bytes that are no UTF-8 become lone surrogates. Raises IsthmusError for a file that cannot be
-    read, or is in another Unicode encoding.
+    read, or is in another Unicode encoding; where `strict`, for such bytes too.
     """
     with _open(path) as stream:
         try:
@@ -74,6 +74,10 @@ def raw_lines(path: Path) -> Iterator[str]:
                     raise IsthmusError(
                         f"{path}:{number}: a line of more than {MAX_LINE} characters. Name a file "
                         "of text."
+                    )
+                if strict and re.search("[\udc80-\udcff]", line):
+                    raise IsthmusError(
+                        f"{path}:{number}: not UTF-8 text. Convert it, e.g. by iconv."
                     )
                 yield line
         except (EOFError, OSError, zlib.error) as error:

@@ -91,13 +91,7 @@ class _File:
     @cached_property
     def lines(self) -> list[str]:
         """All lines, with their ends; read once, for a pipe has no second time."""
-        found = list(raw_lines(self.path))
-        for number, line in enumerate(found, start=1):
-            if any("\udc80" <= letter <= "\udcff" for letter in line):
-                raise IsthmusError(
-                    f"{self.path}:{number}: not UTF-8 text. Convert it, e.g. by iconv."
-                )
-        return found
+        return list(raw_lines(self.path, strict=True))
 
     @cached_property
     def filled(self) -> list[str]:
