@@ -253,6 +253,17 @@ def test_score_prints_figures_and_the_listing(isthmus: Isthmus, tmp_path: Path) 
     assert "none.txt" in err
 
 
+def test_score_says_what_it_takes_for_ids_and_is_told(isthmus: Isthmus, tmp_path: Path) -> None:
+    files = tmp_path / "ref.txt", tmp_path / "hyp.txt"
+    files[0].write_text("u1 the cat\nu2 the mat\n")
+    files[1].write_text("u2 the mat\nu1 the cat\n")
+    code, out, err = isthmus("score", *files, "--json")
+    assert (code, json.loads(out)["words"]) == (0, 4)
+    assert f"{files[0]} is read as Kaldi text" in err
+    code, out, err = isthmus("score", *files, "--json", "--format", "lines")
+    assert (code, json.loads(out)["words"], err) == (0, 6, "")
+
+
 NO_DATA = ("data.train=[]", "data.dev=[]")
 
 
@@ -317,14 +328,14 @@ def inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> set[Path]:
         (["score", "one.tsv", "other.tsv"], "1 of 1 hypotheses have no reference: b"),
         (["score", "one.tsv", "none.tsv"], "none.tsv"),
         (["score", "one.tsv", "."], "directory"),
-        (["score", "one.tsv", "latin.txt"], "latin.txt: not UTF-8"),
-        (["score", "one.tsv", "broken.jsonl"], "broken.jsonl:1: not JSON"),
-        (["score", "one.tsv", "deep.jsonl"], "deep.jsonl:1: not JSON"),
+        (["score", "one.tsv", "latin.txt"], "latin.txt:1: not UTF-8"),
+        (["score", "one.tsv", "broken.jsonl"], "broken.jsonl:1: not valid JSON"),
+        (["score", "one.tsv", "deep.jsonl"], "deep.jsonl:1: not valid JSON"),
         (["score", "one.tsv", "one.tsv", "--missing", "skip"], "--missing"),
         (["score", "one.tsv", "one.tsv", "--normaliser", "basik"], "Did you mean 'basic'?"),
         (["score", "one.tsv", "one.tsv", "--normaliser", "failing_rules:f"], "division by zero"),
         (["score", "one.tsv", "one.tsv", "--normaliser", ".rules:f"], "cannot be imported"),
-        (["synth", "out", "--text", "latin.txt"], "latin.txt: not UTF-8"),
+        (["synth", "out", "--text", "latin.txt"], "latin.txt:1: not UTF-8"),
         (["synth", "out", "--domains", "digitz=1"], "Did you mean 'digit"),
         (["quickstart", "nowhere.wav", "-o", "out"], "nowhere.wav"),
     ],

@@ -19,6 +19,7 @@ PACKAGE = "isthmus"
 # From the bottom up: a module may import from its own row and from rows above it in this list.
 ORDER = [
     {"errors"},
+    {"text"},
     {"files"},
     {"speech"},
     {"settings"},
@@ -37,7 +38,7 @@ ORDER = [
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Scoring runs on machines that have none of these, so it may not reach them through a room either.
 SCORING_WITHOUT = {"torch", "transformers", "lhotse", "accelerate", "peft"}
-SCORING_ROOMS = {"scoring", "errors"}
+SCORING_ROOMS = {"scoring", "errors", "text"}
 
 MAX_FILE_LINES = 600
 MAX_FUNCTION_LINES = 60

@@ -78,6 +78,20 @@ def test_vtt() -> None:
     )
 
 
+def test_vtt_is_markup_and_srt_is_not() -> None:
+    text = "AT&T says <laughs> a<b --> &amp;"
+    assert as_vtt([Segment(0.0, 1.0, text)]).splitlines()[3] == (
+        "AT&amp;T says &lt;laughs&gt; a&lt;b -&gt; &amp;amp;"
+    )
+    assert as_srt([Segment(0.0, 1.0, text)]).splitlines()[2] == "AT&T says <laughs> a<b -> &amp;"
+    words = said("a<b AT&T")
+    for layout in (Layout(), Layout(max_line_width=8), Layout(max_words_per_line=2)):  # unescaped
+        assert as_vtt([words], layout).splitlines()[3:5] == ["a&lt;b AT&amp;T", ""]
+    marked = as_vtt([words], Layout(highlight_words=True))
+    assert "\n<u>a&lt;b</u> AT&amp;T\n" in marked
+    assert "\na&lt;b <u>AT&amp;T</u>\n" in marked
+
+
 def test_tsv() -> None:
     assert as_tsv(TWO) == "start\tend\ttext\n0\t2500\thello there\n3661250\t3662000\tgood bye\n"
 

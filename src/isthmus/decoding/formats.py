@@ -4,6 +4,7 @@ Two things differ, because readers of the files stumble otherwise: line breaks i
 become spaces, and a segment without text is left out of all files but JSON.
 """
 
+import html
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -67,10 +69,10 @@ def as_srt(segments: Sequence[Segment], layout: Layout = PLAIN) -> str:
 
 
 def as_vtt(segments: Sequence[Segment], layout: Layout = PLAIN) -> str:
-    """WebVTT: `00:00.000 --> 00:02.500`, with hours where there are any."""
+    """WebVTT: `00:00.000 --> 00:02.500`, with hours where there are any; `&`, `<`, `>` escaped."""
     return "WEBVTT\n\n" + "".join(
         f"{_clock(start, '.', False)} --> {_clock(end, '.', False)}\n{text}\n\n"
-        for start, end, text in _cues(segments, layout)
+        for start, end, text in _cues(segments, layout, partial(html.escape, quote=False))
     )
 
 
@@ -201,7 +203,9 @@ def _spoken(segments: Sequence[Segment]) -> Iterator[Segment]:
             yield replace(segment, text=text)
 
 
-def _cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
+def _cues(
+    segments: Sequence[Segment], layout: Layout, escape: Callable[[str], str] = str
+) -> Iterator[Cue]:
     spoken = list(_spoken(segments))
     if not any(segment.words for segment in spoken):
         if spoken and layout != PLAIN:
@@ -210,10 +214,10 @@ def _cues(segments: Sequence[Segment], layout: Layout) -> Iterator[Cue]:
                 "Ask for word timestamps."
             )
         for segment in spoken:
-            yield segment.start, segment.end, _no_arrow(segment.text)
+            yield segment.start, segment.end, escape(_no_arrow(segment.text))
         return
     for lines in _laid_out(spoken, layout):
-        yield from _cues_of(lines, layout.highlight_words)
+        yield from _cues_of(lines, layout.highlight_words, escape)
 
 
 def _laid_out(segments: Sequence[Segment], layout: Layout) -> Iterator[list[list[Word]]]:
@@ -248,17 +252,24 @@ def _words(segment: Segment) -> list[Word]:
     return list(segment.words) or [Word(segment.text, segment.start, segment.end, 0.0)]
 
 
-def _line(words: Sequence[Word], marked: Word | None = None) -> str:
+def _line(
+    words: Sequence[Word], marked: Word | None = None, escape: Callable[[str], str] = str
+) -> str:
     """Words on one line, one of them underlined."""
-    shown = (f"<u>{word.text}</u>" if word is marked else word.text for word in words)
+    texts = [escape(_no_arrow(word.text)) for word in words]
+    shown = (
+        f"<u>{one}</u>" if word is marked else one for one, word in zip(texts, words, strict=True)
+    )
     gaps = ["", *(gap(one.text, other.text) for one, other in pairwise(words))]
     return _no_arrow("".join(map("".join, zip(gaps, shown, strict=True))))
 
 
-def _cues_of(lines: list[list[Word]], highlight: bool) -> Iterator[Cue]:
+def _cues_of(
+    lines: list[list[Word]], highlight: bool, escape: Callable[[str], str]
+) -> Iterator[Cue]:
     """One cue, or with `highlight` one for each word and for each moment between words."""
     words = [word for line in lines for word in line]
-    plain = "\n".join(map(_line, lines))
+    plain = "\n".join(_line(line, escape=escape) for line in lines)
     if not highlight:
         yield words[0].start, words[-1].end, plain
         return
@@ -266,7 +277,7 @@ def _cues_of(lines: list[list[Word]], highlight: bool) -> Iterator[Cue]:
     for said in words:
         if _milliseconds(said.start) > _milliseconds(last):
             yield last, said.start, plain
-        yield said.start, said.end, "\n".join(_line(line, said) for line in lines)
+        yield said.start, said.end, "\n".join(_line(line, said, escape) for line in lines)
         last = said.end
 
 

@@ -8,13 +8,13 @@ from isthmus.scoring.error_rate import (
     Score,
     SetScores,
     UtteranceScore,
-    read_texts,
     score,
     score_sets,
 )
 from isthmus.scoring.languages import LanguageScores, score_languages
 from isthmus.scoring.normalise import NORMALISERS, normaliser
 from isthmus.scoring.significance import PairedResult, paired_bootstrap, paired_mean
+from isthmus.scoring.texts import read_pair, read_texts
 
 __all__ = [
     "NORMALISERS",
@@ -27,6 +27,7 @@ __all__ = [
     "normaliser",
     "paired_bootstrap",
     "paired_mean",
+    "read_pair",
     "read_texts",
     "score",
     "score_languages",

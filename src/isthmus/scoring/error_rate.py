@@ -20,14 +20,12 @@ from numpy.typing import NDArray
 
 from isthmus.errors import IsthmusError
 from isthmus.scoring.normalise import normaliser as find_normaliser
-from isthmus.scoring.texts import read_texts
 
 __all__ = [
     "ErrorCounts",
     "Score",
     "SetScores",
     "UtteranceScore",
-    "read_texts",
     "score",
     "score_sets",
 ]

@@ -12,6 +12,7 @@ from functools import cache
 from types import MappingProxyType
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.text import composed
 
 Normaliser = Callable[[str], str]
 
@@ -36,8 +37,8 @@ def _basic(preserve_marks: bool) -> Normaliser:
 
 
 def _fold(text: str) -> str:
-    """One space between words, none at the ends."""
-    return " ".join(text.split())
+    """One space between words, none at the ends; letters and their accents composed."""
+    return " ".join(composed(text).split())
 
 
 def whisper(text: str) -> str:
@@ -62,12 +63,12 @@ def basic_marks(text: str) -> str:
 
 def has_marks(text: str) -> bool:
     """Whether `basic` would take marks out of a text, and with them part of its spelling."""
-    composed = unicodedata.normalize("NFKC", text)
-    return any(unicodedata.category(letter)[0] == "M" for letter in composed)
+    compatible = unicodedata.normalize("NFKC", text)
+    return any(unicodedata.category(letter)[0] == "M" for letter in compatible)
 
 
 def none(text: str) -> str:
-    """Only white space is folded: case and punctuation count as words do."""
+    """White space is folded and accents composed: case and punctuation count as words do."""
     return _fold(text)
 
 

@@ -1,7 +1,6 @@
 """Corpora of any known format as lhotse CutSets, and what is wrong in them."""
 
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +24,7 @@ from isthmus.speech.utterances import (
     find_corpus,
     same_id,
 )
+from isthmus.text import is_control, is_word
 
 __all__ = [
     "CorpusReport",
@@ -42,8 +42,6 @@ MAX_CHARACTERS_PER_SECOND = 40  # fast speech has 20 to 25
 WITHOUT_REFERENCE = ("duplicate_id", "bad_id", "bad_line", "no_text", "empty_text", "bad_text")
 DecodeAudio = bool | Literal["header"]  # what a check does with the audio
 _SHOWN = 5  # rejections quoted in an error or a report for people
-# Marks that turn the direction of text around: invisible, and no part of a transcript.
-_DIRECTION_MARKS = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 
 
 def read_corpus(path: str | Path) -> CutSet:
@@ -213,7 +211,7 @@ def _faults(
     where = _where(cut)
     if cut.id in seen:
         yield "duplicate_id", f"{where} {same_id(seen[cut.id])}"
-    if not cut.id.strip() or not cut.id.isprintable() or ".." in Path(cut.id).parts:
+    if not cut.id.strip() or any(map(is_control, cut.id)) or ".." in Path(cut.id).parts:
         yield "bad_id", f"{where} has an id that can name no file. Give it a plain one."
     known = _line_fault(cut)
     if known:
@@ -247,10 +245,10 @@ def _text_faults(cut: Cut, require_text: bool) -> Iterator[Fault]:
     if not isinstance(text, str):
         yield "bad_text", f"has text {text!r}; a transcript is a string. Put it in quotes."
         return
-    if not any(character.isalnum() for character in text):
+    if not is_word(text):
         yield "empty_text", f"has text {text!r}, with no word in it. Remove the utterance."
     for character in text:
-        if unicodedata.category(character) in ("Cc", "Cs", "Cn") or character in _DIRECTION_MARKS:
+        if is_control(character):
             yield (
                 "bad_text",
                 f"has the character {character!a} in its text, which nobody can say (a control "

@@ -4,18 +4,14 @@ Known are folders of audio with transcripts, JSON lines (isthmus, NeMo, SLAM-LLM
 folders. The format is recognised by content, never by the name of the corpus.
 """
 
-import csv
-import gzip
 import itertools
-import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 from isthmus.errors import IsthmusError
 from isthmus.speech.utterances import Line, Row, same_id
+from isthmus.text import json_rows, raw_lines, table_rows, text_lines
 
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
@@ -54,44 +50,11 @@ JSON_FORMATS = {
 _TELLING_LINES = 100  # that may be bad before one tells the format
 
 
-def open_text(path: Path) -> TextIO:
-    """A UTF-8 text file, gzip or not; bytes that are no UTF-8 become lone surrogates."""
-    try:
-        with path.open("rb") as probe:
-            zipped = probe.read(2) == b"\x1f\x8b"
-        opener = gzip.open if zipped else open
-        return opener(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="\n")
-    except OSError as error:
-        raise IsthmusError(f"{path}: cannot be opened ({error}). Correct the path.") from error
-
-
-def text_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Number (from 1) and content of each line of `path` that is not blank."""
-    with open_text(path) as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, line.rstrip("\r\n")
-        except (EOFError, OSError, zlib.error) as error:
-            raise IsthmusError(f"{path}: damaged ({error}). Copy it again.") from error
-
-
 def json_lines(path: Path) -> Iterator[Line]:
-    """The lines of a JSON-lines file; those that hold no object have a fault."""
-    for number, text in text_lines(path):
-        line = Line({}, path.parent, f"{path}:{number}", number)
-        try:
-            row = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            yield line.broken(f"not valid JSON ({error}). Write one JSON object on each line.")
-            continue
-        if isinstance(row, dict):
-            yield replace(line, row=row)
-        else:
-            yield line.broken(
-                f"a {type(row).__name__} where an object was expected. Write one JSON object on "
-                "each line."
-            )
+    """The objects of a file of JSON, lines or an array; those that are none have a fault."""
+    for number, row, fault in json_rows(path, raw_lines(path)):
+        line = Line(row, path.parent, f"{path}:{number}", number)
+        yield line.broken(fault) if fault else line
 
 
 def is_lhotse(row: Row) -> bool:
@@ -108,8 +71,10 @@ def recognise(path: Path) -> str:
         return "kaldi" if (path / "wav.scp").is_file() else "folder"
     if path.suffix.lower() in AUDIO_SUFFIXES:
         raise IsthmusError(f"{path}: one audio file is no corpus. Name its folder or a manifest.")
-    if path.suffix.lower() in (".csv", ".tsv"):
+    if path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
         return "table"
+    if not path.is_file():
+        raise IsthmusError(f"{path}: no file that can be read twice. Save it, and name that.")
     reason = f"{path}: there is no utterance in it. Name a manifest that has some."
     for count, line in enumerate(itertools.islice(json_lines(path), _TELLING_LINES)):
         if line.fault:
@@ -146,6 +111,11 @@ def _json_lines(path: Path, fields: dict[str, str]) -> Iterator[Line]:
     foreign = fields is not ISTHMUS_FIELDS
     for line in json_lines(path):
         renamed = {fields.get(key, key): value for key, value in line.row.items()}
+        if len(renamed) < len(line.row):
+            yield line.broken(
+                f"two of the fields {', '.join(line.row)} mean one. Keep one of them."
+            )
+            continue
         audio = renamed.get("audio")
         if foreign and isinstance(audio, str):
             renamed["audio"] = beside_or_here(audio, path.parent)
@@ -192,18 +162,21 @@ def _folder(folder: Path) -> Iterator[Line]:
     for position, file in enumerate(files, start=1):
         relative = file.relative_to(folder)
         row: Row = {"audio": str(relative), "id": "-".join(relative.with_suffix("").parts)}
+        line = Line({}, folder, str(file), position)
         for suffix in (".txt", ".lab"):
             if file.with_suffix(suffix).is_file():
-                with open_text(file.with_suffix(suffix)) as stream:
-                    row["text"] = stream.read().strip()
+                try:
+                    row["text"] = "".join(raw_lines(file.with_suffix(suffix))).strip()
+                except IsthmusError as error:
+                    line = line.broken(str(error))
                 break
-        yield Line(row, folder, str(file), position)
+        yield line if line.fault else replace(line, row=row)
 
 
 def transcript_lines(path: Path) -> Iterator[Line]:
     """Lines `id words` of a LibriSpeech `*.trans.txt`, with the audio beside it."""
-    for number, line in text_lines(path):
-        identifier, _, text = line.partition(" ")
+    for number, line in text_lines(raw_lines(path)):
+        identifier, text = (*line.split(maxsplit=1), "")[:2]
         audio = next(
             (
                 identifier + suffix
@@ -217,43 +190,25 @@ def transcript_lines(path: Path) -> Iterator[Line]:
 
 
 def _table(path: Path) -> Iterator[Line]:
-    """A table of file and text: tabs, commas or bars, with or without a line of names."""
-    rows = text_lines(path)
-    first = next(rows, None)
-    if first is None:
-        raise IsthmusError(f"{path}: there is no utterance in it.")
-    tabs = "\t" in first[1] or path.suffix.lower() == ".tsv"
-    delimiter = "\t" if tabs else "|" if "|" in first[1] else ","
-    names = [name.strip().lower() for name in _cells(first[1], delimiter)]
-    file_column = next((name for name in _FILE_COLUMNS if name in names), None)
-    text_column = next((name for name in _TEXT_COLUMNS if name in names), None)
-    if file_column and text_column:
-        rename = {file_column: "audio", text_column: "text"}
-        names = [rename.get(name, name) for name in names]
-    else:
-        names = ["audio", "text"]
-        rows = text_lines(path)
-    # LJSpeech has a third column without a name; elsewhere more columns mean an unquoted separator.
-    has_rest = delimiter == "|" and not (file_column and text_column)
-    for number, text in rows:
-        cells = _cells(text, delimiter)
+    """A table of file and text, with or without a line of names (see `table_rows`)."""
+    rows = table_rows(path, raw_lines(path), named=_are_names, unnamed=("audio", "text"))
+    for number, cells, fault in rows:
         line = Line({}, path.parent, f"{path}:{number}", number)
-        if len(cells) < len(names) or (len(cells) > len(names) and not has_rest):
-            yield line.broken(
-                f"{len(cells)} columns where {len(names)} were expected ({', '.join(names)}). "
-                f"Quote texts that hold the separator {delimiter!r}."
-            )
+        if fault:
+            yield line.broken(fault)
             continue
-        row: Row = dict(zip(names, (cell.strip() for cell in cells), strict=False))
+        row: Row = dict(cells)
+        for name, columns in (("audio", _FILE_COLUMNS), ("text", _TEXT_COLUMNS)):
+            if column := next((one for one in columns if one in cells), None):
+                row[name] = row.pop(column)
         row["audio"] = _find_audio(row["audio"], path.parent)
         yield replace(line, row=row)
 
 
-def _cells(line: str, delimiter: str) -> list[str]:
-    # Only commas are ever quoted; in tab and bar tables a quotation mark is part of the text.
-    if delimiter != ",":
-        return line.split(delimiter)
-    return next(csv.reader([line]))
+def _are_names(cells: Collection[str]) -> bool:
+    """Whether these are names of columns: one of a file, and no file."""
+    files = any(Path(cell).suffix in AUDIO_SUFFIXES for cell in cells)
+    return not files and not set(_FILE_COLUMNS).isdisjoint(cells)
 
 
 def _find_audio(name: str, base: Path) -> str:
@@ -326,7 +281,7 @@ def _mapping(path: Path, spare: list[Line]) -> dict[str, Line]:
     A row holds `value`.
     """
     found: dict[str, Line] = {}
-    for number, text in text_lines(path):
+    for number, text in text_lines(raw_lines(path)):
         key, *rest = text.split(maxsplit=1)
         value = rest[0].strip() if rest else ""
         line = Line({"value": value}, path.parent, f"{path}:{number}", number)

@@ -15,7 +15,6 @@ from isthmus.speech.formats import (
     AUDIO_SUFFIXES,
     read_lines,
     recognise,
-    text_lines,
     transcript_lines,
 )
 from isthmus.speech.utterances import (
@@ -26,6 +25,7 @@ from isthmus.speech.utterances import (
     expand_path,
     find_corpus,
 )
+from isthmus.text import raw_lines, text_lines
 
 KINDS = ("librispeech", "mls", "folder", "kaldi", "nemo", "slam-llm")
 
@@ -123,7 +123,7 @@ def _mls_splits(source: Path) -> dict[str, Iterable[Line]]:
 def _mls_lines(transcripts: Path, language_folder: Path) -> Iterator[Line]:
     name = language_folder.resolve().name.removeprefix("mls_").removesuffix("_opus")
     audio = transcripts.parent / "audio"
-    for number, content in text_lines(transcripts):
+    for number, content in text_lines(raw_lines(transcripts)):
         line = Line({}, audio, f"{transcripts}:{number}", number)
         identifier, tab, text = content.partition("\t")
         parts = identifier.split("_")

@@ -8,6 +8,7 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import takes
+from isthmus.text import raw_lines, text_lines
 from isthmus.verbs.common import Json, print_json
 
 app = typer.Typer()
@@ -78,11 +79,7 @@ class SynthOptions:
 
         if self.text is None:
             return draw_texts(self.utterances, self.seed, _weights(self.domains), self.language)
-        try:
-            lines = self.text.read_text(encoding="utf-8").splitlines()
-        except UnicodeDecodeError as error:
-            raise IsthmusError(f"{self.text}: not UTF-8 text ({error}). Convert it.") from error
-        return [line for line in lines if line.strip()]
+        return [line for _, line in text_lines(raw_lines(self.text, strict=True))]
 
 
 @app.command()

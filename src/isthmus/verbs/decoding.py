@@ -417,17 +417,24 @@ def score(
     listing: Annotated[
         bool, typer.Option("--listing/--no-listing", help="List the errors.")
     ] = True,
+    form: Annotated[
+        Literal["auto", "json", "csv", "tsv", "kaldi", "trn", "lines"],
+        typer.Option("--format", help="What both files are; auto looks at both."),
+    ] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Score hypotheses against references: JSON lines, Kaldi text, tables, or plain lines."""
-    from isthmus.scoring import read_texts
+    """Score hypotheses against references: JSON lines, Kaldi text, trn, tables, or plain lines."""
+    from isthmus.scoring import read_pair
     from isthmus.scoring import score as job
 
     if missing not in ("error", "empty"):
         raise IsthmusError(f"--missing is error or empty, not {missing!r}.")
+    references, hypotheses, notes = read_pair(reference, hypothesis, form=form)
+    for note in notes:
+        typer.echo(f"note: {note}.", err=True)
     result = job(
-        read_texts(reference, role="reference"),
-        read_texts(hypothesis, role="hypothesis"),
+        references,
+        hypotheses,
         normaliser=normaliser,
         missing="empty" if missing == "empty" else "error",
     )
