@@ -1,5 +1,7 @@
 """From a recipe to its model, which torch's generator gives what is not pretrained."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -13,8 +15,22 @@ from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import learn_units
 from isthmus.model.token_ctc import TokenCTC
 from isthmus.recipe import CTCRecipe, LanguageRecipe, Pretraining, Recipe
+from isthmus.settings.base import PartSettings
 from isthmus.settings.conformer import LETTERS, LetterUnits
 from isthmus.settings.llm import LLMSettings
+
+
+def build(settings: PartSettings, *parts: Any) -> Any:
+    """What settings of any kind describe: a recipe's model, or one part. Raises IsthmusError."""
+    if isinstance(settings, Recipe):
+        return build_model(settings)
+    if isinstance(settings, CTCRecipe):
+        return build_conformer(settings, *parts)
+    if isinstance(settings, LanguageRecipe):
+        return build_language_model(settings)
+    if isinstance(settings, LLMSettings):
+        return build_llm(settings)
+    return build_projector(settings, *parts) if parts else build_encoder(settings)
 
 
 def build_model(recipe: Recipe) -> SpeechLLM:

@@ -39,11 +39,10 @@ from isthmus.model.parts import (
     read_config,
     resolve,
 )
-from isthmus.settings.base import PretrainedSettings
+from isthmus.settings.base import PartSettings, PretrainedSettings
 from isthmus.settings.conformer import LogMelSettings
 from isthmus.settings.encoder import (
     ConformerSettings,
-    EncoderSettings,
     FBankSettings,
     PairSettings,
     SelfSupervisedSettings,
@@ -357,7 +356,7 @@ class PairEncoder(Encoder):
 
 
 @singledispatch
-def build_encoder(settings: EncoderSettings) -> Encoder:
+def build_encoder(settings: PartSettings) -> Encoder:
     """The encoder of these settings, its weights loaded. Raises IsthmusError."""
     raise TypeError(f"{type(settings).__name__} has no builder here")
 

@@ -1,7 +1,8 @@
 """What the settings of all parts share. No room of settings loads torch."""
 
+from importlib import import_module
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict
 
@@ -21,6 +22,13 @@ class PartSettings(BaseModel):
     """What every part of the model shares: strict, immutable settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def build(self, *parts: Any) -> Any:
+        """What these settings describe, made by isthmus.build, which loads torch.
+
+        `parts` is what it stands between: encoder and LLM for a projector. Raises IsthmusError.
+        """
+        return import_module("isthmus.build").build(self, *parts)  # a room above this one
 
 
 class PretrainedSettings(PartSettings):
