@@ -29,7 +29,7 @@ ORDER = [
     {"serving"},
     {"display"},
     {"lab"},
-    {"options", "verbs", "cli"},
+    {"options", "verbs", "cli", "__main__"},
 ]
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}
 # Scoring runs on machines that have none of these, so it may not reach them through a room either.

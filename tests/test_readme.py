@@ -103,6 +103,8 @@ def check_command(line: str, recipe: Path) -> None:
     program, *words = shlex.split(line, comments=True)
     if ">" in words:
         words = words[: words.index(">")]
+    if program == "python" and words[:2] == ["-m", "isthmus"]:
+        program, words = "isthmus", words[2:] or ["--help"]
     if program == "isthmus":
         check_isthmus(words, recipe)
     elif program == "make":
