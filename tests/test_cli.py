@@ -38,6 +38,19 @@ def test_help_needs_neither_torch_nor_transformers(arguments: list[str]) -> None
     assert "LOADED set()" in done.stdout
 
 
+def test_the_package_is_the_command_line() -> None:
+    def said(*arguments: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "isthmus", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = said("recipes")
+    assert (code, err) == (0, "")
+    assert "tiny/projector" in out
+    assert said("cp", "tiny/projektor", "x.yaml")[0] == 1  # main's own errors
+    assert "Usage: python -m isthmus" in said("--help")[1]
+
+
 BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["train", "tiny/projektor"], "Did you mean"),
     (["train", "no.yaml"], "no.yaml: line 2, column 7: 'llm: [' is not valid YAML: expected the"),

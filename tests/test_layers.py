@@ -33,7 +33,7 @@ ORDER = [
     {"training"},
     {"display"},
     {"lab"},
-    {"options", "verbs", "cli"},
+    {"options", "verbs", "cli", "__main__"},
 ]
 BUILDS = (["settings", "base"], "build")  # the one way up: settings build what they describe
 RANK = {room: rank for rank, rooms in enumerate(ORDER) for room in rooms}

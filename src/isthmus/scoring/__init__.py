@@ -3,6 +3,7 @@
 Needs neither torch nor transformers, so a machine without them can score what another decoded.
 """
 
+from isthmus.scoring.comparison import Comparison, PairedScores, compare
 from isthmus.scoring.error_rate import (
     ErrorCounts,
     Score,
@@ -18,12 +19,15 @@ from isthmus.scoring.texts import read_pair, read_texts
 
 __all__ = [
     "NORMALISERS",
+    "Comparison",
     "ErrorCounts",
     "LanguageScores",
     "PairedResult",
+    "PairedScores",
     "Score",
     "SetScores",
     "UtteranceScore",
+    "compare",
     "normaliser",
     "paired_bootstrap",
     "paired_mean",

@@ -443,3 +443,26 @@ def score(
     else:
         for line in result.listing(limit=None if listing else 0):
             typer.echo(line)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Hypotheses, or what evaluate -o wrote.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Those of the other system.")],
+    reference: Annotated[
+        Path | None, typer.Option("--reference", metavar="REF", help="Of files of hypotheses.")
+    ] = None,
+    normaliser: Normaliser = "basic",
+    as_json: Json = False,
+) -> None:
+    """Is one system better than another, or is it luck? A paired test on the same utterances."""
+    from isthmus.display import print_comparison
+    from isthmus.scoring import compare as job
+
+    found = job(a, b, reference, normaliser=normaliser)
+    if found.left_out:
+        typer.echo(f"warning: {found.left_out}.", err=True)
+    if as_json:
+        print_json({"a": str(a), "b": str(b)} | found.to_dict())
+    else:
+        print_comparison(found.to_dict())
