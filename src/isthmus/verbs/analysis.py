@@ -107,20 +107,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Sizes, memory and hours of a training, before anything is downloaded."""
-    from isthmus.recipe_files import read_recipe
+    from isthmus.recipe import load_any_recipe
     from isthmus.training.hardware import named_peak
 
-    read_recipe(recipe, overrides or [])  # a typing error need not wait for torch
+    chosen = load_any_recipe(recipe, overrides or [])  # whose faults need not wait for torch
     named_peak(gpu)
     from isthmus.lab.plan import Hardware, make_plan
-    from isthmus.recipe import load_any_recipe
 
-    found = make_plan(
-        load_any_recipe(recipe, overrides or []),
-        Hardware(gpu, gpus, mfu),
-        hours=hours,
-        mean_seconds=mean_seconds,
-    )
+    hardware = Hardware(gpu, gpus, mfu)
+    found = make_plan(chosen, hardware, hours=hours, mean_seconds=mean_seconds)
     if as_json:
         print_json(found.to_dict())
     else:

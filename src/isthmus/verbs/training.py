@@ -7,7 +7,7 @@ from dataclasses import asdict
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -28,6 +28,7 @@ app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.display import Metrics
+    from isthmus.recipe import Experiment
 
 
 @app.command()
@@ -84,13 +85,13 @@ def _training_verb(verb: str, purpose: str, kind: str, job: str) -> None:
 
         if resume and overwrite:
             raise IsthmusError("--resume and --overwrite exclude each other. Give one of them.")
-        check_files(recipe, overrides or [])
+        from isthmus import recipe as recipes
+
+        chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, kind))
+        require_corpora(chosen, recipe)
         steps: list[int] = []
         with _told_when_interrupted(steps):
             with loading("torch"):
-                from isthmus import recipe as recipes
-
-                chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, kind))
                 from isthmus.training import runs
             folder = output_dir or Path("runs") / chosen.name
             opening = runs.Opening(resume, overwrite, allow_change or ())
@@ -127,30 +128,22 @@ def _told_when_interrupted(steps: Sequence[int]) -> Iterator[None]:
         raise
 
 
-def check_files(recipe: str, overrides: Sequence[str]) -> None:
-    """Raise IsthmusError, before torch is loaded, for a recipe or data that is not there."""
-    from isthmus.recipe_files import made_by, read_recipe
+def require_corpora(chosen: "Experiment", recipe: str) -> None:
+    """Raise IsthmusError, before torch is loaded, for data of a recipe that is not there."""
+    from isthmus.recipe_files import find_recipe, made_by
+    from isthmus.settings.data import DataSettings
     from isthmus.speech.utterances import find_corpus
 
-    file, values = read_recipe(recipe, overrides)
+    file, data = find_recipe(recipe), getattr(chosen, "data", DataSettings())
     faults: dict[str, str] = {}  # one of each root: what it lacks, it lacks for all below
-    for role, path in _corpora(values.get("data")):
+    for role, corpus in [("train", one) for one in data.train] + [("dev", one) for one in data.dev]:
+        path = corpus if isinstance(corpus, str) else corpus.path
         try:
             find_corpus(path)
         except IsthmusError as error:
             faults.setdefault(Path(path).parts[0], f"data.{role}: {error}{made_by(file, path)}")
     if faults:
         raise IsthmusError("\n  ".join([f"{file} names data that is not there:", *faults.values()]))
-
-
-def _corpora(data: Any) -> Iterator[tuple[str, str]]:
-    """Of settings that are not validated yet: train or dev, and the corpus."""
-    for role in ("train", "dev"):
-        named = data.get(role) if isinstance(data, dict) else None
-        for entry in named if isinstance(named, list) else ():
-            path = entry.get("path") if isinstance(entry, dict) else entry
-            if isinstance(path, str) and path:
-                yield role, path
 
 
 _training_verb(
@@ -186,12 +179,11 @@ def cache(
     from rich.filesize import decimal
 
     from isthmus.display import counting, loading
+    from isthmus.recipe import load_recipe
 
-    check_files(recipe, overrides or [])
+    chosen = load_recipe(recipe, overrides or [])
+    require_corpora(chosen, recipe)
     with loading("torch"):
-        from isthmus.recipe import load_recipe
-
-        chosen = load_recipe(recipe, overrides or [])
         from isthmus.training.runs import cache_features
 
     with counting("utterances") as on_utterance:
