@@ -32,15 +32,15 @@ from isthmus.model.conformer import ConformerCTC
 from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.llm import CHAT_TEMPLATE, LLM, build_llm, character_tokenizer
 from isthmus.model.spelling import letter_tokenizer
-from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
-from isthmus.settings.encoder import (
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
+from isthmus.settings.encoders import (
     ConformerSettings,
     FBankSettings,
     PairSettings,
     SelfSupervisedSettings,
     WhisperSettings,
 )
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub ...
 os.environ.setdefault("ISTHMUS_OFFLINE", "1")  # ... or an index, but those that are about it

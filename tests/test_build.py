@@ -12,8 +12,8 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import Projector
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
-from isthmus.settings.conformer import LetterUnits
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.conformers import LetterUnits
+from isthmus.settings.llms import LLMSettings
 
 
 def test_every_kind_of_settings_builds(

@@ -19,7 +19,7 @@ from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript
 from isthmus.lab.quickstart import quickstart_recipe
 from isthmus.runs.feature_cache import Verification
-from isthmus.settings.decoding import DecodeSettings
+from isthmus.settings.search import DecodeSettings
 from isthmus.training.loop import Interrupted
 
 Isthmus = Callable[..., tuple[int, str, str]]

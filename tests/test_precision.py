@@ -21,8 +21,8 @@ from isthmus.runs.feature_cache import (
 )
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import arithmetic
 from isthmus.training.runs import cache_features, train
+from isthmus.training.speech_task import arithmetic
 
 Make = Callable[..., Recipe]
 CLASSES = {"whisper": AutoModel, "parakeet": AutoModelForCTC, "llama": AutoModelForCausalLM}

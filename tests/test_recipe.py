@@ -8,7 +8,7 @@ import pytest
 from isthmus.errors import IsthmusError
 from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe, dump_recipe, load_recipe
 from isthmus.recipe_files import as_override, find_recipe, parse_yaml, shipped_recipes
-from isthmus.settings.conformer import ConformerArchitecture
+from isthmus.settings.conformers import ConformerArchitecture
 
 MINIMAL = """
 name: debug

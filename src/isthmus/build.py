@@ -16,8 +16,8 @@ from isthmus.model.spelling import learn_units
 from isthmus.model.token_ctc import TokenCTC
 from isthmus.recipe import CTCRecipe, LanguageRecipe, Pretraining, Recipe
 from isthmus.settings.base import PartSettings
-from isthmus.settings.conformer import LETTERS, LetterUnits
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.conformers import LETTERS, LetterUnits
+from isthmus.settings.llms import LLMSettings
 
 
 def build(settings: PartSettings, *parts: Any) -> Any:

@@ -17,13 +17,13 @@ from isthmus.errors import IsthmusError
 from isthmus.model.prompt import PaperPrompt, PromptSettings
 from isthmus.recipe_files import read_recipe
 from isthmus.settings.base import ASSETS, SHIPPED, PartSettings, Precision, Tune
-from isthmus.settings.conformer import LETTERS, ConformerArchitecture, LogMelSettings, UnitSettings
-from isthmus.settings.data import CTCDataSettings, SpeechDataSettings
-from isthmus.settings.decoding import DecodeSettings
-from isthmus.settings.encoder import ConformerSettings, EncoderSettings
-from isthmus.settings.llm import LLMArchitecture, LLMSettings
-from isthmus.settings.projector import LinearProjectorSettings, ProjectorSettings, QFormerSettings
-from isthmus.settings.training import LoopSettings, SpeechTrainSettings, TrainSettings
+from isthmus.settings.conformers import LETTERS, ConformerArchitecture, LogMelSettings, UnitSettings
+from isthmus.settings.datasets import CTCDataSettings, SpeechDataSettings
+from isthmus.settings.encoders import ConformerSettings, EncoderSettings
+from isthmus.settings.llms import LLMArchitecture, LLMSettings
+from isthmus.settings.optimisation import LoopSettings, SpeechTrainSettings, TrainSettings
+from isthmus.settings.projectors import LinearProjectorSettings, ProjectorSettings, QFormerSettings
+from isthmus.settings.search import DecodeSettings
 
 TAGS = ("type", "template")  # settings that say which of several parts it is
 

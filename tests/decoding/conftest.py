@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from isthmus.model.llm import LLM, character_tokenizer, new_llm
-from isthmus.settings.llm import LLMArchitecture
+from isthmus.settings.llms import LLMArchitecture
 
 
 @pytest.fixture(scope="package")

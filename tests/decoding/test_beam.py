@@ -14,7 +14,7 @@ from isthmus.decoding.beam import Hypothesis, SearchOptions, beam_search, likeli
 from isthmus.decoding.steps import Steps
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, character_tokenizer, new_llm
-from isthmus.settings.llm import LLMArchitecture
+from isthmus.settings.llms import LLMArchitecture
 
 END = 2
 FREE = SearchOptions(repetition_guard=False)  # as generate is

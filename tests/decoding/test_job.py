@@ -33,7 +33,7 @@ from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import observers
 from isthmus.settings.base import ASSETS
-from isthmus.settings.decoding import DecodeSettings
+from isthmus.settings.search import DecodeSettings
 from isthmus.speech.audio import AudioError
 
 ASKED_FOR = "Words need an aligner."

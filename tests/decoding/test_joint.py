@@ -32,7 +32,7 @@ from isthmus.model.llm import LLM, character_tokenizer
 from isthmus.model.spelling import WILDCARD, learn_units, letter_tokenizer
 from isthmus.recipe import Recipe, change_settings
 from isthmus.scoring import score
-from isthmus.settings.conformer import SentencePieceUnits
+from isthmus.settings.conformers import SentencePieceUnits
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import (
     transcript,

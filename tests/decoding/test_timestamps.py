@@ -36,7 +36,7 @@ from isthmus.lab.synthesis import draw_texts, random_voice, speak
 from isthmus.model.conformer import CONFORMER_DELAY, ConformerCTC
 from isthmus.model.encoder import ConformerEncoder
 from isthmus.model.spelling import WILDCARD, letter_tokenizer, spell
-from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 ModelFolder = Callable[[str], Path]

@@ -28,7 +28,7 @@ from isthmus.errors import IsthmusError
 from isthmus.lab.synthesis import Voice, speak
 from isthmus.recipe import Recipe
 from isthmus.settings.base import ASSETS
-from isthmus.settings.decoding import DecodeSettings
+from isthmus.settings.search import DecodeSettings
 from isthmus.speech.activity import Region
 from isthmus.speech.audio import AudioInfo, audio_info, load_audio
 from isthmus.speech.corpora import load_cut, read_corpus

@@ -21,7 +21,7 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import Projector
 from isthmus.model.prompt import PaperPrompt, plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.settings.encoder import FBankSettings
+from isthmus.settings.encoders import FBankSettings
 
 SAMPLES = 1600  # a letter
 LETTERS = "abcdefghijklmnopqrstuvwxyz"

@@ -15,7 +15,7 @@ from isthmus.errors import IsthmusError
 from isthmus.lab import perplexity
 from isthmus.lab.perplexity import Likelihood, Perplexity, perplexity_text, word_perplexity
 from isthmus.model.llm import LLM, build_llm
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 
 LoadLLM = Callable[..., LLM]
 TEXTS = ["go left", "stop", "one two three", "yes", "go back"]

@@ -19,7 +19,7 @@ from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS
 from isthmus.recipe import CTCRecipe, Recipe, load_any_recipe, load_recipe
 from isthmus.recipe_files import shipped_recipes, shipped_sweeps
-from isthmus.settings.encoder import WhisperSettings
+from isthmus.settings.encoders import WhisperSettings
 
 VICUNA = "lmsys/vicuna-7b-v1.5"
 LARGE = "openai/whisper-large-v2"

@@ -28,10 +28,10 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import LinearProjector
 from isthmus.model.prompt import PaperPrompt, Prompt
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.settings.encoder import FBankSettings
-from isthmus.settings.training import SpeechTrainSettings
+from isthmus.settings.encoders import FBankSettings
+from isthmus.settings.optimisation import SpeechTrainSettings
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.projector import SpeechTask
+from isthmus.training.speech_task import SpeechTask
 
 TEXTS = ("go left", "stop", "one two", "yes", "turn it on", "no")
 SETTINGS = SpeechTrainSettings(steps=1000, warmup_steps=50)

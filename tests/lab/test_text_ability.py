@@ -21,7 +21,7 @@ from isthmus.model.llm import build_llm
 from isthmus.recipe import Recipe
 from isthmus.runs.export import export_adapter
 from isthmus.runs.loading import load_run, stored_recipe
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 from isthmus.training.runs import train
 
 Run = Callable[..., Path]

@@ -10,7 +10,7 @@ from torch import Tensor
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, label_log_probs
 from isthmus.model.spelling import letter_tokenizer
-from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 
 
 @pytest.fixture

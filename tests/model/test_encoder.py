@@ -29,7 +29,7 @@ from isthmus.model.encoder import (
     parameters,
 )
 from isthmus.model.parts import sources
-from isthmus.settings.encoder import EncoderSettings, PairSettings, WhisperSettings
+from isthmus.settings.encoders import EncoderSettings, PairSettings, WhisperSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Waves = Callable[..., Tensor]

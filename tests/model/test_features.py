@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from isthmus.model.features import LogMel
-from isthmus.settings.conformer import LogMelSettings
+from isthmus.settings.conformers import LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Waves = Callable[..., Tensor]

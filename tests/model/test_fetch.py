@@ -39,8 +39,9 @@ from isthmus.model.fetch import (
     fetch,
     part_folder,
 )
-from isthmus.model.parts import on_meta, resolve, sources
-from isthmus.settings.encoder import WhisperSettings
+from isthmus.model.parts import resolve, sources
+from isthmus.model.presets import on_meta
+from isthmus.settings.encoders import WhisperSettings
 from tests.hub import StandInHub
 
 ModelFolder = Callable[[str], Path]

@@ -10,9 +10,10 @@ import torch
 
 from isthmus.errors import IsthmusError
 from isthmus.model.llm import LLM, build_llm
-from isthmus.model.parts import on_meta, sources
+from isthmus.model.parts import sources
+from isthmus.model.presets import on_meta
 from isthmus.model.weights import sha256
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 from tests.layouts import dequantised, write_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")

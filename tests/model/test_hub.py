@@ -22,7 +22,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import build_llm
 from isthmus.model.parts import resolve, source, sources
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 from tests.hub import TOKEN, StandInHub
 from tests.layouts import write_gguf, write_layout, write_sentencepiece
 

@@ -19,8 +19,8 @@ from isthmus.model.parts import model_type
 from isthmus.model.projector import build_projector
 from isthmus.model.prompt import ChatPrompt, PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.settings.llm import LLMArchitecture, LLMSettings
-from isthmus.settings.projector import LinearProjectorSettings
+from isthmus.settings.llms import LLMArchitecture, LLMSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 
 LoadLLM = Callable[..., LLM]
 

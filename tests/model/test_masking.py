@@ -12,7 +12,7 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import build_projector
 from isthmus.model.prompt import BarePrompt, ChatPrompt, PaperPrompt, Prompt, SlamPrompt
 from isthmus.model.speech_llm import IGNORE, SpeechLLM
-from isthmus.settings.projector import LinearProjectorSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 from isthmus.speech.augment import SpecAugment
 
 LoadLLM = Callable[..., LLM]

@@ -10,11 +10,11 @@ from isthmus.errors import IsthmusError
 from isthmus.lab.sizes import preset_parameters
 from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import build_llm
-from isthmus.model.parts import choose_device, on_meta, resolve
-from isthmus.model.presets import PRESETS, find_preset, stand_in_tokenizer
+from isthmus.model.parts import choose_device, resolve
+from isthmus.model.presets import PRESETS, find_preset, on_meta, stand_in_tokenizer
 from isthmus.model.prompt import ChatPrompt, PaperPrompt, tokenise
-from isthmus.settings.encoder import ConformerSettings, WhisperSettings
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.encoders import ConformerSettings, WhisperSettings
+from isthmus.settings.llms import LLMSettings
 
 # Of model cards and of the papers that present the models; Whisper without its fixed positions.
 PUBLISHED = {

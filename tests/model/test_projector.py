@@ -19,9 +19,9 @@ from isthmus.model.projector import Projector, build_projector, check_projector
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.units import Units
-from isthmus.settings.encoder import FBankSettings
-from isthmus.settings.llm import LLMSettings
-from isthmus.settings.projector import LinearProjectorSettings, ProjectorSettings
+from isthmus.settings.encoders import FBankSettings
+from isthmus.settings.llms import LLMSettings
+from isthmus.settings.projectors import LinearProjectorSettings, ProjectorSettings
 
 D, E = 16, 16  # widths of the tiny models
 LENGTHS = [0, 1, 2, 4, 5, 6, 7, 10, 11, 24, 61]

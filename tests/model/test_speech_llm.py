@@ -14,7 +14,7 @@ from isthmus.model.projector import build_projector
 from isthmus.model.prompt import BarePrompt, ChatPrompt, PaperPrompt, Prompt, SlamPrompt
 from isthmus.model.speech_llm import IGNORE, SpeechLLM
 from isthmus.settings.base import Tune
-from isthmus.settings.projector import LinearProjectorSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 
 LoadLLM = Callable[..., LLM]
 Waves = Callable[..., Tensor]

@@ -7,7 +7,7 @@ from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.spelling import BLANK, WORD_BORDER, learn_units, letters_known
-from isthmus.settings.conformer import LetterUnits, SentencePieceUnits
+from isthmus.settings.conformers import LetterUnits, SentencePieceUnits
 
 TEXTS = ["eins zwei drei vier", "fünf sechs sieben", "one two three four", "müde żółw"] * 20
 

@@ -17,8 +17,8 @@ from isthmus.model.llm import LLM
 from isthmus.model.parts import sources
 from isthmus.model.projector import build_projector, check_projector
 from isthmus.model.units import UnitProjector, Units, files_digest, nearest
-from isthmus.settings.encoder import ConformerSettings
-from isthmus.settings.projector import CTCMode, CTCProjectorSettings, UnitProjectorSettings
+from isthmus.settings.encoders import ConformerSettings
+from isthmus.settings.projectors import CTCMode, CTCProjectorSettings, UnitProjectorSettings
 
 SettingsOf = Callable[[str], Any]
 

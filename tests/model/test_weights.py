@@ -22,7 +22,7 @@ from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import LLM, build_llm
 from isthmus.model.parts import resolve, source
 from isthmus.model.weights import require_finite, sha256
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 from tests.layouts import PICKLED, SAFE, Trap, state_of, without_weights, write_layout
 
 ModelFolder = Callable[[str], Path]

@@ -29,7 +29,7 @@ from isthmus.runs.feature_cache import (
     encoder_description,
     utterance_key,
 )
-from isthmus.settings.encoder import PairSettings
+from isthmus.settings.encoders import PairSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import load_cut
 

@@ -10,8 +10,8 @@ import torch
 from isthmus.model.conformer import ConformerCTC
 from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import CTCRecipe
-from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
-from isthmus.settings.data import CTCDataSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
+from isthmus.settings.datasets import CTCDataSettings
 from isthmus.speech.augment import SpecAugment
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import SpeechData

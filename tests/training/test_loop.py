@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.runs.checkpoint import checkpoints
-from isthmus.settings.training import TrainSettings
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.training import loop
 from isthmus.training.loop import (
     BEST,

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from isthmus import files
 from isthmus.errors import IsthmusError
 from isthmus.runs.checkpoint import checkpoints
-from isthmus.settings.training import TrainSettings
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.training.loop import CHECKPOINTS, METRICS, Loss, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.stream import dev_orders, orders

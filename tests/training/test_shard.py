@@ -21,7 +21,7 @@ from isthmus.model.prompt import PaperPrompt
 from isthmus.model.quantise import quantise
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.settings.base import Tune
-from isthmus.settings.projector import LinearProjectorSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 from isthmus.training import parallel
 from isthmus.training.parallel import Ranks
 

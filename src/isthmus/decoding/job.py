@@ -41,7 +41,7 @@ from isthmus.runs.checkpoint import WEIGHTS
 from isthmus.runs.folder import DEFAULT, RECIPE, default_system, holds_run
 from isthmus.runs.folder import PARTS as FROZEN
 from isthmus.runs.loading import trained_weights
-from isthmus.settings.decoding import RecogniserSettings
+from isthmus.settings.search import RecogniserSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import (

@@ -28,7 +28,7 @@ from isthmus.model.parts import (
     model_type,
     quiet,
 )
-from isthmus.settings.decoding import RecogniserSettings
+from isthmus.settings.search import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 START_OF_ENGLISH = 50257  # <|startoftranscript|> in Whispers of English, in others 50258

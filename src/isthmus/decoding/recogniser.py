@@ -25,7 +25,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder
 from isthmus.model.parts import Source
-from isthmus.settings.decoding import RecogniserSettings
+from isthmus.settings.search import RecogniserSettings
 from isthmus.speech.activity import Region, speech_regions
 from isthmus.speech.audio import (
     SAMPLE_RATE,

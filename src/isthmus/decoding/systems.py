@@ -12,7 +12,7 @@ from isthmus.model.hub import download
 from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
 from isthmus.runs.folder import CONFIG, RECIPE, holds_run, local_system
-from isthmus.settings.decoding import DecodeSettings, RecogniserSettings
+from isthmus.settings.search import DecodeSettings, RecogniserSettings
 
 log = logging.getLogger(__name__)
 

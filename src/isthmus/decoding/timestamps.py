@@ -22,7 +22,7 @@ from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.parts import model_type, resolve
 from isthmus.model.spelling import WILDCARD
-from isthmus.settings.encoder import ConformerSettings, SelfSupervisedSettings
+from isthmus.settings.encoders import ConformerSettings, SelfSupervisedSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Floats: TypeAlias = NDArray[np.float64]

@@ -43,7 +43,7 @@ from isthmus.model.spelling import letters_known
 from isthmus.recipe import change_settings
 from isthmus.runs.folder import DEFAULT, local_run
 from isthmus.runs.loading import load_run, run_source, stored_recipe
-from isthmus.settings.decoding import DecodeSettings
+from isthmus.settings.search import DecodeSettings
 from isthmus.speech.activity import has_speech
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports

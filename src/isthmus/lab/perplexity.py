@@ -33,7 +33,7 @@ from isthmus.runs.folder import DEFAULT, SHIPPED_RUNS, holds_run
 from isthmus.runs.loading import load_run
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring import read_texts
-from isthmus.settings.llm import LLMSettings
+from isthmus.settings.llms import LLMSettings
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import (
     transcript,

@@ -27,8 +27,8 @@ from isthmus.recipe import (
     named_models,
 )
 from isthmus.recipe_files import shipped_recipes
-from isthmus.settings.conformer import LETTERS, LetterUnits
-from isthmus.settings.encoder import EncoderSettings
+from isthmus.settings.conformers import LETTERS, LetterUnits
+from isthmus.settings.encoders import EncoderSettings
 
 UNITS = 1000  # SpeechGPT's clusters (arXiv 2305.11000)
 AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)

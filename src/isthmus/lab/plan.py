@@ -28,8 +28,8 @@ from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS, stand_in_tokenizer
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe
-from isthmus.settings.data import Corpus, DataSettings
-from isthmus.settings.encoder import PairSettings
+from isthmus.settings.datasets import Corpus, DataSettings
+from isthmus.settings.encoders import PairSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import (

@@ -20,14 +20,13 @@ from isthmus.lab.placeholders import Pretrained, Producers, build_sized, with_pl
 from isthmus.model.encoder import Encoder, build_encoder, parameters
 from isthmus.model.layers import decoder_layers
 from isthmus.model.llm import build_llm
-from isthmus.model.parts import on_meta
-from isthmus.model.presets import PRESETS
+from isthmus.model.presets import PRESETS, on_meta
 from isthmus.model.quantise import RowScaledLinear, quantise
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe
-from isthmus.settings.encoder import EncoderSettings
-from isthmus.settings.llm import LLMSettings
-from isthmus.settings.training import SpeechTrainSettings, TrainSettings
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.llms import LLMSettings
+from isthmus.settings.optimisation import SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 NF4_BITS = 4.5  # of a weight, with its share of a scale for every 64

@@ -28,7 +28,7 @@ from isthmus.recipe import (
 )
 from isthmus.recipe_files import find_sweep, read_recipe, read_yaml, shipped_sweeps
 from isthmus.settings.base import PartSettings, PretrainedSettings
-from isthmus.settings.data import DataSettings
+from isthmus.settings.datasets import DataSettings
 from isthmus.speech.utterances import expand_path, find_corpus
 
 SWEEP = "${SWEEP}"

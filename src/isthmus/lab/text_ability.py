@@ -24,7 +24,7 @@ from isthmus.recipe import Recipe
 from isthmus.runs.loading import load_run
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
 from isthmus.settings.base import Tune
-from isthmus.settings.llm import LoraSettings
+from isthmus.settings.llms import LoraSettings
 
 RESAMPLES = 1000
 

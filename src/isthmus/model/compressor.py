@@ -13,8 +13,8 @@ from isthmus.model.ctc_head import CTCHead
 from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
 from isthmus.model.projector_base import Projector, build_projector, check_projector
-from isthmus.settings.encoder import EncoderSettings
-from isthmus.settings.projector import CTCMode, CTCProjectorSettings
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import CTCMode, CTCProjectorSettings
 
 
 class CTCProjector(Projector):

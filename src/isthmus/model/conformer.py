@@ -17,7 +17,7 @@ from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, label_log_probs
 from isthmus.model.features import HOP_SAMPLES, LogMel
 from isthmus.model.parts import load_network, loading, save_half
-from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRONT_END_FILE = "front_end.json"

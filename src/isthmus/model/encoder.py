@@ -3,7 +3,7 @@
 Shapes: B batch, S samples, T encoder frames, D encoder width.
 
 To add one: a class here with the members of Encoder, its builder at the end of this file, and its
-settings class in isthmus.settings.encoder.
+settings class in isthmus.settings.encoders.
 """
 
 import math
@@ -40,8 +40,8 @@ from isthmus.model.parts import (
     resolve,
 )
 from isthmus.settings.base import PartSettings, PretrainedSettings
-from isthmus.settings.conformer import LogMelSettings
-from isthmus.settings.encoder import (
+from isthmus.settings.conformers import LogMelSettings
+from isthmus.settings.encoders import (
     ConformerSettings,
     FBankSettings,
     PairSettings,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from isthmus.settings.conformer import LogMelSettings
+from isthmus.settings.conformers import LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRAME_SAMPLES = SAMPLE_RATE * 25 // 1000  # 400: a window of 25 ms

@@ -30,7 +30,7 @@ from isthmus.model.parts import (
     sources,
 )
 from isthmus.model.prompt import plain_tokens, special_tokens
-from isthmus.settings.llm import LLMArchitecture, LLMSettings, LoraSettings
+from isthmus.settings.llms import LLMArchitecture, LLMSettings, LoraSettings
 
 CAUSAL = ("forcausallm", "lmheadmodel")  # how classes of causal language models are called
 

@@ -3,7 +3,7 @@
 Shapes: B batch, T encoder frames, A audio embeddings, D encoder width, E LLM width, H hidden width.
 
 To add one: a class with the members of Projector and its builder, and its settings class in
-isthmus.settings.projector.
+isthmus.settings.projectors.
 """
 
 import math
@@ -23,8 +23,8 @@ from isthmus.model.projector_base import (
     within,
 )
 from isthmus.model.token_ctc import TokenCTC
-from isthmus.settings.encoder import EncoderSettings
-from isthmus.settings.projector import (
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import (
     ConvProjectorSettings,
     LinearProjectorSettings,
     PosteriorProjectorSettings,

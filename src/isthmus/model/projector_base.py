@@ -13,7 +13,7 @@ from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
 from isthmus.model.token_ctc import TokenCTC
 from isthmus.settings.base import PartSettings
-from isthmus.settings.encoder import EncoderSettings
+from isthmus.settings.encoders import EncoderSettings
 
 
 class Projector(nn.Module):

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
 from isthmus.model.projector_base import Projector, build_projector, check_projector, within
-from isthmus.settings.encoder import EncoderSettings
-from isthmus.settings.projector import QFormerSettings
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import QFormerSettings
 
 SEGMENTS = 64  # that have a position of their own; those behind share the last
 

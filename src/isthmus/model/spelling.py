@@ -1,6 +1,6 @@
 """Spelling units of CTC: letters, or sentence pieces learnt from the texts.
 
-To add a kind: its `learn_units` here, and a settings class in isthmus.settings.conformer.
+To add a kind: its `learn_units` here, and a settings class in isthmus.settings.conformers.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.settings.base import PartSettings
-from isthmus.settings.conformer import LETTERS, LetterUnits, SentencePieceUnits
+from isthmus.settings.conformers import LETTERS, LetterUnits, SentencePieceUnits
 
 BLANK, UNKNOWN = "<blank>", "<unk>"
 WILDCARD = -1  # stands for letters that units cannot spell: the likeliest of its own

@@ -21,8 +21,8 @@ from isthmus.model.llm import LLM
 from isthmus.model.parts import Source, sources
 from isthmus.model.projector_base import Projector, build_projector, check_projector
 from isthmus.model.weights import sha256
-from isthmus.settings.encoder import EncoderSettings
-from isthmus.settings.projector import UnitProjectorSettings
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import UnitProjectorSettings
 
 METADATA = "units"  # under which a file says what it is of, as JSON
 SAMPLE = 8192  # embeddings of the LLM that statistics are taken of, at least

@@ -36,7 +36,7 @@ from isthmus.model.parts import sources
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
 from isthmus.settings.base import Precision
-from isthmus.settings.encoder import EncoderSettings
+from isthmus.settings.encoders import EncoderSettings
 from isthmus.speech.corpora import load_cut
 
 FRONT_END_VERSION = 1  # raise it whenever the code that turns audio into frames changes

@@ -15,8 +15,8 @@ from torch import Tensor
 from isthmus.errors import IsthmusError
 from isthmus.model.features import padded
 from isthmus.runs.feature_cache import FeatureCache
-from isthmus.settings.data import JoinSettings
-from isthmus.settings.training import SpeechTrainSettings, TrainSettings
+from isthmus.settings.datasets import JoinSettings
+from isthmus.settings.optimisation import SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import load_cut

@@ -20,8 +20,8 @@ from isthmus.model.parts import choose_device, sources
 from isthmus.model.units import Units, files_digest, nearest
 from isthmus.recipe import Recipe
 from isthmus.speech.corpora import load_cut
-from isthmus.training.data import load_cuts
 from isthmus.training.languages import chosen
+from isthmus.training.training_data import load_cuts
 
 FRAMES_PER_UNIT = 256  # that are sampled; more hardly moves the centroids
 FRAMES_PER_UTTERANCE = 50  # at least, so that few utterances have to be heard

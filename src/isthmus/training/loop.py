@@ -26,7 +26,7 @@ from isthmus.files import remove_folder, write_atomic
 from isthmus.runs import checkpoint
 from isthmus.runs.checkpoint import Progress
 from isthmus.runs.folder import BEST, CHECKPOINTS
-from isthmus.settings.training import LoopSettings
+from isthmus.settings.optimisation import LoopSettings
 from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
 from isthmus.training.stream import Item, Loader, dev_orders, load_ahead, orders, take

@@ -34,13 +34,13 @@ from isthmus.runs.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RE
 from isthmus.runs.loading import as_recorded, begin_from, compare_sources
 from isthmus.training.batches import SpeechData
 from isthmus.training.ctc import CTCTask
-from isthmus.training.data import (
-    speech_data,
-)
+from isthmus.training.learnt_units import UNITS, keep_units, run_units
 from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
-from isthmus.training.spelling import UNITS, keep_units, run_units
+from isthmus.training.speech_task import SpeechTask, arithmetic, place, prepare
+from isthmus.training.training_data import (
+    speech_data,
+)
 
 DATA = "data.json"
 CHANGES = "changes.jsonl"

@@ -131,7 +131,7 @@ def _told_when_interrupted(steps: Sequence[int]) -> Iterator[None]:
 def require_corpora(chosen: "Experiment", recipe: str) -> None:
     """Raise IsthmusError, before torch is loaded, for data of a recipe that is not there."""
     from isthmus.recipe_files import find_recipe, made_by
-    from isthmus.settings.data import DataSettings
+    from isthmus.settings.datasets import DataSettings
     from isthmus.speech.utterances import find_corpus
 
     file, data = find_recipe(recipe), getattr(chosen, "data", DataSettings())

@@ -21,10 +21,10 @@ from isthmus.recipe import Recipe
 from isthmus.runs.checkpoint import WEIGHTS
 from isthmus.runs.folder import PARTS
 from isthmus.runs.loading import load_run
-from isthmus.training.data import speech_data
 from isthmus.training.loop import METRICS
-from isthmus.training.projector import SpeechTask
 from isthmus.training.runs import SHAPING, Opening, train
+from isthmus.training.speech_task import SpeechTask
+from isthmus.training.training_data import speech_data
 
 TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")
 INNER = {"type": "linear", "downsample_rate": 2, "hidden": 8}

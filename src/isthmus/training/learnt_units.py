@@ -15,7 +15,7 @@ from isthmus.model.spelling import for_ctc, learn_units
 from isthmus.recipe import CTCRecipe
 from isthmus.runs import checkpoint
 from isthmus.runs.folder import CHECKPOINTS
-from isthmus.settings.data import Corpus
+from isthmus.settings.datasets import Corpus
 from isthmus.speech.corpora import read_corpus
 from isthmus.speech.cuts import (
     transcript,

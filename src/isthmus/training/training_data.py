@@ -15,7 +15,7 @@ from isthmus.model.spelling import letters_known
 from isthmus.model.token_ctc import needed_embeddings
 from isthmus.recipe import CTCRecipe, Recipe
 from isthmus.settings.base import DEFAULT_LANGUAGE
-from isthmus.settings.data import Corpus, DataSettings
+from isthmus.settings.datasets import Corpus, DataSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import read_corpus, usable

@@ -19,13 +19,13 @@ from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import CTCRecipe, Recipe
-from isthmus.settings.conformer import ConformerArchitecture, LogMelSettings
-from isthmus.settings.data import Corpus, DataSettings, JoinSettings
-from isthmus.settings.llm import LLMSettings
-from isthmus.settings.projector import LinearProjectorSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
+from isthmus.settings.datasets import Corpus, DataSettings, JoinSettings
+from isthmus.settings.llms import LLMSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 from isthmus.speech.augment import Augmentation, Padding, Speed
 from isthmus.training.batches import SpeechData, join_utterances
-from isthmus.training.data import fits_model, load_cuts, speech_data
+from isthmus.training.training_data import fits_model, load_cuts, speech_data
 
 
 @pytest.fixture

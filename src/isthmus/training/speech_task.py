@@ -16,7 +16,7 @@ from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.token_ctc import needed_embeddings
 from isthmus.recipe import Recipe
 from isthmus.runs.feature_cache import FeatureCache
-from isthmus.settings.training import SpeechTrainSettings
+from isthmus.settings.optimisation import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import Batch, Group, SpeechData
 from isthmus.training.loop import Loss
