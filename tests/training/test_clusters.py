@@ -80,9 +80,7 @@ def test_units_are_made_of_training_data_and_trained_with(
     written.write_text(dump_recipe(settings))
     code, out, _ = isthmus("units", written, "--clusters", 6, "--output", file, "--json")
     assert code == 0
-    frames = sum(
-        build_model(Recipe, recipe({})).encoder.output_length(16_000 + 1600 * i) for i in range(3)
-    )
+    frames = sum(build_model(recipe({})).encoder.output_length(16_000 + 1600 * i) for i in range(3))
     assert json.loads(out) == {"file": str(file), "clusters": 6, "frames": frames}
     make_units(settings, other, 6)
     assert file.read_bytes() == other.read_bytes()
