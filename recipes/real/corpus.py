@@ -5,9 +5,10 @@
 
 SENTENCES has one a line. Left out are those that share six words in a row with a text of the dev
 and test manifests in $ISTHMUS_SPEECH, and those with digits. One voice becomes many: it is played
-at other speeds, in rooms, through bands and under noise; so is, three times, the real speech.
-Whisper takes 30 s however short an utterance is, so utterances of one speaker are joined to about
-as much: OUT/spoken, OUT/joined, and OUT/others-1 to -3, real speech as other speakers.
+at other speeds, in rooms, through bands and under noise; so is, three times, the real speech. The
+voices of espeak-ng (extra `synth`) say some of the sentences, and some of isthmus' own. Whisper
+takes 30 s however short an utterance is, so utterances of one speaker are joined to about as much:
+OUT/spoken, OUT/espeak, OUT/joined, and OUT/others-1 to -3, real speech as other speakers.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from isthmus.lab import synthesis
+from isthmus.lab.sentences import sentence
 from isthmus.scoring.normalise import lower
 from isthmus.speech.audio import SAMPLE_RATE, load_audio
 from isthmus.speech.augment import Augmentation
@@ -32,6 +35,7 @@ Line = dict[str, Any]
 SHARED_WORDS = 6
 LONGEST = 29.0  # seconds
 PAUSE = (0.05, 0.5)  # seconds between utterances that are joined
+ESPEAK_SENTENCES, OWN_SENTENCES = 1100, 1500  # that the voices of espeak-ng say
 OTHERS = 3  # how often real speech is spoken by others
 VOICES = Augmentation.model_validate(
     {
@@ -107,9 +111,15 @@ def write(folder: Path, groups: Iterable[list[Line]], rng: np.random.Generator) 
             manifest.write(json.dumps(line) + "\n")
 
 
-def other(samples: np.ndarray, line: Line, audio: Path, rng: np.random.Generator) -> Line:
-    """Speech at 16 kHz as another speaker's, written to `audio`: its line."""
-    samples = VOICES(samples, rng)
+def written(
+    samples: np.ndarray,
+    line: Line,
+    audio: Path,
+    rng: np.random.Generator,
+    change: Augmentation | None = VOICES,
+) -> Line:
+    """Speech at 16 kHz, as another speaker's unless `change` is None, in the file `audio`."""
+    samples = change(samples, rng) if change else samples
     soundfile.write(audio, samples, SAMPLE_RATE)
     return line | {"audio": audio, "duration": len(samples) / SAMPLE_RATE}
 
@@ -121,11 +131,28 @@ def speak(sentences: Sequence[str], folder: Path, rng: np.random.Generator) -> l
     voice = Hibari(threads=1)
     folder.mkdir(parents=True)
     found = []
-    for number, sentence in enumerate(sentences):
-        spoken = np.asarray(voice(sentence, seed=int(rng.integers(2**31))), np.float32)
-        line = {"text": lower(sentence), "speaker": "hibari"}
+    for number, text in enumerate(sentences):
+        spoken = np.asarray(voice(text, seed=int(rng.integers(2**31))), np.float32)
+        line = {"text": lower(text), "speaker": "hibari"}
         samples = soxr.resample(spoken, 24_000, SAMPLE_RATE)
-        found.append(other(samples, line, folder / f"{number:06d}.flac", rng))
+        found.append(written(samples, line, folder / f"{number:06d}.flac", rng))
+    return [line for line in found if line["duration"] < LONGEST]
+
+
+def speak_by_espeak(
+    sentences: Sequence[str], held_out: Iterable[str], folder: Path, rng: np.random.Generator
+) -> list[Line]:
+    """The sentences and some more of orders and the like by random voices, half of them changed."""
+    taken = set().union(*(runs(lower(text)) for text in held_out))
+    own = (lower(sentence(rng)) for _ in range(OWN_SENTENCES))
+    texts = [*map(lower, sentences), *(text for text in own if not runs(text) & taken)]
+    folder.mkdir(parents=True)
+    found = []
+    for number, index in enumerate(rng.permutation(len(texts))):
+        samples, _ = synthesis.speak(texts[index], synthesis.random_voice(rng))
+        line = {"text": texts[index], "speaker": "espeak"}
+        change = VOICES if rng.random() < 0.5 else None
+        found.append(written(samples, line, folder / f"{number:06d}.flac", rng, change))
     return [line for line in found if line["duration"] < LONGEST]
 
 
@@ -133,7 +160,7 @@ def as_other(line: Line, folder: Path, rng: np.random.Generator) -> Line:
     """A line of real speech as another speaker's."""
     audio = folder / line["audio"].parent.parent.name / line["audio"].with_suffix(".flac").name
     audio.parent.mkdir(parents=True, exist_ok=True)
-    return other(load_audio(line["audio"]), line, audio, rng)
+    return written(load_audio(line["audio"]), line, audio, rng)
 
 
 def groups(speakers: Iterable[list[Line]], rng: np.random.Generator) -> Iterator[list[Line]]:
@@ -159,6 +186,10 @@ def main() -> None:
     order = [sentences[index] for index in rng.permutation(len(sentences))[: arguments.most]]
     spoken = speak(order, arguments.out / "sentences", rng)
     write(arguments.out / "spoken", joined(spoken, rng), rng)
+
+    few = [sentences[index] for index in rng.permutation(len(sentences))[:ESPEAK_SENTENCES]]
+    synthetic = speak_by_espeak(few, texts, arguments.out / "synthetic", rng)
+    write(arguments.out / "espeak", joined(synthetic, rng), rng)
 
     speakers: dict[str, list[Line]] = defaultdict(list)
     for folder in FOLDERS:
