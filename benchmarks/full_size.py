@@ -40,10 +40,10 @@ from isthmus.model.speech_llm import SpeechLLM
 from isthmus.settings.optimisation import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import Batch, Budget, collate, plan_epoch
-from isthmus.training.training_data import positions_of
 from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
 from isthmus.training.speech_task import prepare
+from isthmus.training.training_data import positions_of
 
 MFU_FLOOR, SPEED_FLOOR = 0.45, 2.5
 BASELINE_BATCH = 6  # utterances, as in SLAM-LLM's recipe for LibriSpeech

@@ -41,12 +41,12 @@ from isthmus.speech.cuts import (
 from isthmus.training.batches import (
     Batch,
 )
-from isthmus.training.training_data import (
-    speech_data,
-)
 from isthmus.training.loop import fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.speech_task import SpeechTask, place, prepare
+from isthmus.training.training_data import (
+    speech_data,
+)
 
 BATCHES, BATCH_SIZE = 3, 8
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}

@@ -55,12 +55,12 @@ from isthmus.training.batches import (
     Batch,
     Group,
 )
-from isthmus.training.training_data import (
-    speech_data,
-)
 from isthmus.training.loop import METRICS, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.speech_task import SpeechTask, place, prepare
+from isthmus.training.training_data import (
+    speech_data,
+)
 
 # Share of LibriSpeech's training utterances that are shorter, and seconds: 12.3 s in the mean.
 DURATIONS = (

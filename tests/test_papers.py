@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from isthmus.build import build_model
-from isthmus.model.parts import on_meta
+from isthmus.model.presets import on_meta
 from isthmus.model.units import Units
 from isthmus.recipe import CTCRecipe, checked_settings, load_recipe
 from isthmus.recipe_files import read_recipe, shipped_recipes
