@@ -27,7 +27,7 @@ ORDER = [
     {"training"},
     {"decoding"},
     {"serving"},
-    {"display"},
+    {"display", "doctor"},
     {"lab"},
     {"options", "verbs", "cli", "__main__"},
 ]
