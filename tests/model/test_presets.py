@@ -8,9 +8,10 @@ import torch
 
 from isthmus.errors import IsthmusError
 from isthmus.lab.sizes import preset_parameters
+from isthmus.model.device import choose_device
 from isthmus.model.encoder import ConformerSettings, WhisperSettings
 from isthmus.model.llm import LLMSettings
-from isthmus.model.parts import choose_device, on_meta, resolve
+from isthmus.model.parts import on_meta, resolve
 from isthmus.model.presets import PRESETS, find_preset, stand_in_tokenizer
 from isthmus.model.prompt import ChatPrompt, PaperPrompt, tokenise
 

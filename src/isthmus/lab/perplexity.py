@@ -26,8 +26,8 @@ import torch
 from isthmus.decoding.inputs import is_corpus
 from isthmus.decoding.transcriber import run_folder
 from isthmus.errors import IsthmusError
+from isthmus.model.device import choose_device
 from isthmus.model.llm import LLM, LLMSettings
-from isthmus.model.parts import choose_device
 from isthmus.model.prompt import plain_tokens
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring import read_texts

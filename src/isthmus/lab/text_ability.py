@@ -17,8 +17,9 @@ from torch import Tensor
 
 from isthmus.lab.perplexity import Perplexity, perplexity_text, word_perplexity
 from isthmus.model.adapters import merge_adapters
+from isthmus.model.device import choose_device
 from isthmus.model.llm import LLM, LoraSettings
-from isthmus.model.parts import Tune, choose_device
+from isthmus.model.parts import Tune
 from isthmus.recipe import Recipe
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
 from isthmus.training.run_loading import load_run

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from isthmus.errors import IsthmusError, one_line, suggest
 from isthmus.files import read_json
+from isthmus.model.device import META, on_device
 from isthmus.model.fetch import FETCHED, is_fetched, part_folder
 from isthmus.model.hub import DESCRIBING, download, download_model
 from isthmus.model.weights import (
@@ -164,7 +165,7 @@ def on_meta() -> Iterator[None]:
     """Parts that are built within have their sizes and no weights: their networks are on torch's
     meta device. A Hugging Face name is looked up in isthmus.model.presets; nothing is downloaded.
     """
-    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, on_device(META):
         token = _planned.set(Path(folder))
         try:
             yield
@@ -180,13 +181,6 @@ def _planned_folder(planned: Path, path: str) -> Path:
     if not folder.is_dir():
         write_preset(path, folder)
     return folder
-
-
-def choose_device() -> torch.device:
-    """The CUDA device this process should use if there is one, else the CPU; meta in a plan."""
-    if _planned.get():
-        return torch.device("meta")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import choose_device
+from isthmus.model.device import choose_device
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Experiment, Recipe, load_recipe
 from isthmus.training import checkpoint

@@ -52,6 +52,7 @@ Language = Annotated[
     str | None,
     typer.Option("--language", help="Of Whisper: what is spoken, such as de."),
 ]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0 and so on, or mps.")]
 
 
 def print_json(value: Any) -> None:

@@ -9,7 +9,16 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import limit, switch, takes
-from isthmus.verbs.common import BatchSize, Beam, Json, Language, Model, Normaliser, print_json
+from isthmus.verbs.common import (
+    BatchSize,
+    Beam,
+    Device,
+    Json,
+    Language,
+    Model,
+    Normaliser,
+    print_json,
+)
 
 app = typer.Typer()
 
@@ -89,6 +98,7 @@ class TranscribeOptions:
     ] = None
     instruction: Instruction = None
     language: Language = None
+    device: Device = "auto"
     as_json: Json = False
 
     @property
@@ -103,6 +113,11 @@ class TranscribeOptions:
         return Layout(
             self.highlight_words, self.max_line_width, self.max_line_count, self.max_words_per_line
         )
+
+    @property
+    def system(self) -> dict[str, Any]:
+        """What there is to a system but its settings."""
+        return {"align_model": self.align_model, "ears": self.ears, "device": self.device}
 
     @property
     def decode(self) -> dict[str, Any]:
@@ -129,8 +144,10 @@ def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
     from isthmus.decoding.formats import PLAIN, check_outputs
     from isthmus.decoding.inputs import are_corpora
+    from isthmus.model.device import check_device
     from isthmus.training.folder import DEFAULT, local_system
 
+    check_device(options.device)
     words = options.word_timestamps or options.layout != PLAIN
     if options.model != DEFAULT:  # which may have to be downloaded: only for good recordings
         local_system(options.model)
@@ -226,28 +243,17 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         defer_compiler_imports()
         from isthmus.decoding.systems import load_system
 
-        transcriber = load_system(
-            options.model, align_model=options.align_model, ears=options.ears, **options.decode
-        )
+        transcriber = load_system(options.model, **options.system, **options.decode)
     with counting("recordings") as on_recording:
         for result in transcriber.results([audio[i] for i in good], word_timestamps=words):
-            index = good[result.index]
-            name, heard = names[index], result.found
+            index, heard = good[result.index], result.found
             found[index] = heard
-            if isinstance(heard, IsthmusError):
-                typer.echo(f"error: {heard}", err=True)
-            else:
-                if heard.finish_reason not in ("stop", "no_speech"):
-                    cut = f"the end of a text is missing or made up ({heard.finish_reason})"
-                    typer.echo(f"warning: {name}: {cut}.", err=True)
-                if heard.doubtful:
-                    typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
-                if folder is not None:
-                    form = options.output_format or "all"
-                    file = options.files[index]
-                    for path in write_transcript(heard, file, folder, form, options.layout):
-                        if not options.as_json:
-                            typer.echo(path, err=True)
+            _tell(names[index], heard)
+            if folder is not None and not isinstance(heard, IsthmusError):
+                form, file = options.output_format or "all", options.files[index]
+                for path in write_transcript(heard, file, folder, form, options.layout):
+                    if not options.as_json:
+                        typer.echo(path, err=True)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:
@@ -268,6 +274,18 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         raise typer.Exit(1)
 
 
+def _tell(name: str, heard: "Transcript | IsthmusError") -> None:
+    """Say on standard error what is wrong with a transcript, a line for each fault."""
+    if isinstance(heard, IsthmusError):
+        typer.echo(f"error: {heard}", err=True)
+        return
+    if heard.finish_reason not in ("stop", "no_speech"):
+        cut = f"the end of a text is missing or made up ({heard.finish_reason})"
+        typer.echo(f"warning: {name}: {cut}.", err=True)
+    if heard.doubtful:
+        typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
+
+
 def _doubt(heard: "Transcript") -> str:
     """Why the text should not be trusted."""
     facts = [f"it is {heard.confidence:.0%} sure"]
@@ -286,9 +304,8 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
 
     chosen = system(
         options.model,
-        align_model=options.align_model,
-        ears=options.ears,
         settings=options.decode,
+        **options.system,
     )
     local = options.ray == "local"
     cluster = Cluster(None if local else options.ray) if options.ray else None
@@ -328,6 +345,7 @@ class EvaluateOptions:
     ears: Ears = None
     instruction: Instruction = None
     language: Language = None
+    device: Device = "auto"
     normaliser: Normaliser = "basic"
     output_dir: Annotated[
         Path | None,
@@ -343,10 +361,12 @@ def evaluate(options: EvaluateOptions) -> None:
     """Transcribe corpora with a run or a pretrained model, and score the result."""
     from isthmus.decoding.formats import check_folder
     from isthmus.display import counting, loading, print_scores
+    from isthmus.model.device import check_device
     from isthmus.scoring import normaliser as find_normaliser
     from isthmus.speech.utterances import find_corpus
     from isthmus.training.folder import local_system
 
+    check_device(options.device)
     local_system(options.run)
     find_normaliser(options.normaliser)
     for corpus in options.data:
@@ -367,6 +387,7 @@ def evaluate(options: EvaluateOptions) -> None:
             ctc_weight=options.ctc_weight,
             instruction=options.instruction,
             language=options.language,
+            device=options.device,
             cached=True,
         )
     if options.ctc:
