@@ -1,6 +1,7 @@
 """The command line: light to start, one clear error for what is wrong, JSON where it reports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,43 @@ def test_the_package_is_the_command_line() -> None:
     assert (code, err) == (0, "")
     assert "tiny/projector" in out
     assert said("cp", "tiny/projektor", "x.yaml")[0] == 1  # main's own errors
-    assert "Usage: python -m isthmus" in said("--help")[1]
+    assert "Usage: isthmus" in said("--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        ("isthmus tra", {"train", "transcribe"}),
+        ("isthmus train tiny/pro", {"tiny/projector"}),
+        ("isthmus cp real/ctc-", {"real/ctc-posterior"}),
+        ("isthmus transcribe a.wav --model ", {"base", "tiny"}),
+        ("isthmus evaluate ti", {"tiny"}),
+        ("isthmus analyse alignment b", {"base"}),
+        ("isthmus train my", set()),  # a file of the reader's own: the shell's affair
+    ],
+)
+def test_shells_complete_names_without_torch(words: str, some: set[str]) -> None:
+    code = (
+        "import os, sys\n"
+        "from isthmus.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'lhotse'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    asked = {
+        "_ISTHMUS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | asked,
+    )
+    assert set(done.stdout.split()) == some
+    assert done.stderr == "set()\n"
 
 
 BEFORE_TORCH = [  # what is wrong, and a word of what is said

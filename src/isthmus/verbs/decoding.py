@@ -18,6 +18,7 @@ from isthmus.verbs.common import (
     Model,
     Normaliser,
     print_json,
+    systems,
 )
 
 app = typer.Typer()
@@ -37,7 +38,12 @@ CTCWeight = Annotated[
 ]
 Ears = Annotated[
     str | None,
-    typer.Option("--ears", metavar="RUN", help="Hear with encoder and projector of this run."),
+    typer.Option(
+        "--ears",
+        metavar="RUN",
+        help="Hear with encoder and projector of this run.",
+        autocompletion=systems,
+    ),
 ]
 
 
@@ -334,7 +340,11 @@ class EvaluateOptions:
 
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Run, or base, tiny, or a model such as Whisper."),
+        typer.Argument(
+            metavar="RUN",
+            help="Run, or base, tiny, or a model such as Whisper.",
+            autocompletion=systems,
+        ),
     ]
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")

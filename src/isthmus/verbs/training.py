@@ -22,6 +22,7 @@ from isthmus.verbs.common import (
     Resume,
     RunFolder,
     print_json,
+    recipe_names,
 )
 
 app = typer.Typer()
@@ -257,7 +258,7 @@ def recipes(as_json: Json = False) -> None:
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=recipe_names)],
     file: Annotated[Path, typer.Argument(help="Where to write it.")],
 ) -> None:
     """Copy a shipped recipe, to change it."""
