@@ -94,6 +94,7 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["train", "tiny/projector"], "Make it: isthmus synth"),
     (["cache", "tiny/projector"], "Make it: isthmus synth"),
     (["transcribe", "a.wav", "-f", "srd"], "Did you mean 'srt'"),
+    (["transcribe", "empty", "-f", "srt"], "empty: no recordings in it"),
     (["transcribe", "a/x.wav", "b/x.wav", "-o", "out"], "both be written"),
     (["transcribe", "a.wav", "-o", "no.yaml"], "cannot be written"),
     (["transcribe", "a.wav", "-o", "no.yaml/x"], "no.yaml/x cannot be written: nothing can be"),
@@ -392,8 +393,13 @@ def test_files_that_are_written_are_named_but_not_with_json(
 
     monkeypatch.setattr("isthmus.decoding.systems.load_system", lambda *a, **b: Transcriber())
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "talks/in").mkdir(parents=True)
     soundfile.write("a.wav", np.zeros(16000), 16000)
     assert isthmus("transcribe", "a.wav", "-f", "txt") == (0, "", "a.txt\n")
     assert (tmp_path / "a.txt").read_text() == "one\n"
     assert isthmus("transcribe", "a.wav", "-f", "txt", "--json")[2] == ""
     assert isthmus("transcribe", "a.wav") == (0, "one\n", "")
+    soundfile.write("talks/in/b.wav", np.zeros(16000), 16000)
+    assert isthmus("transcribe", "talks", "-f", "srt") == (0, "", "talks/in/b.srt\n")
+    assert "00:00:01,000\none" in (tmp_path / "talks/in/b.srt").read_text()
+    assert isthmus("transcribe", "talks", "-f", "vtt", "-o", "out") == (0, "", "out/in/b.vtt\n")

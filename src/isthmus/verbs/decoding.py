@@ -1,7 +1,8 @@
 """Verbs that transcribe and score."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -53,7 +54,7 @@ class TranscribeOptions:
 
     audio: Annotated[
         list[str],
-        typer.Argument(help="Recordings of any length and format; - for standard input."),
+        typer.Argument(help="Recordings, or with -f folders of them; - for standard input."),
     ]
     model: Model = "default"
     output_dir: Annotated[
@@ -148,13 +149,21 @@ class TranscribeOptions:
 @takes(TranscribeOptions)
 def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
-    from isthmus.decoding.formats import PLAIN, check_outputs
+    from isthmus.decoding.formats import PLAIN, check_outputs, outputs
     from isthmus.decoding.inputs import are_corpora
     from isthmus.model.device import check_device
     from isthmus.training.folder import DEFAULT, local_system
 
     check_device(options.device)
-    words = options.word_timestamps or options.layout != PLAIN
+    laid_out = options.layout != PLAIN
+    words = options.word_timestamps or laid_out
+    output_format, folders = options.output_format or "all", []
+    if options.output_format or laid_out:  # into files, as whisper does
+        pairs = outputs(options.audio, output_format, options.output_dir)
+        options = replace(options, audio=[name for name, _ in pairs])
+        folders = [folder for _, folder in pairs]
+    elif options.output_dir is not None:
+        folders = [options.output_dir] * len(options.audio)
     if options.model != DEFAULT:  # which may have to be downloaded: only for good recordings
         local_system(options.model)
     if corpora := are_corpora(options.audio):
@@ -163,20 +172,15 @@ def transcribe(options: TranscribeOptions) -> None:
     if corpora:
         _transcribe_corpora(options)
         return
-    folder = options.output_dir
-    if folder is None and (options.output_format or options.layout != PLAIN):
-        folder = Path()  # as whisper does
-    output_format = options.output_format or "all"
-    files = options.files if folder is not None else []
-    check_outputs(files, output_format, folder)
+    check_outputs(zip(options.files, folders, strict=bool(folders)), output_format)
     if options.align_model and not words:
         _no_effect("--align-model", "without --word-timestamps")
-    listed = options.as_json or (folder is not None and output_format in ("json", "all"))
+    listed = options.as_json or (folders and output_format in ("json", "all"))
     if options.nbest and not listed:
         _no_effect("--nbest", "without --json, which lists them")
     if options.ray:
         _no_effect("--ray", "on recordings, only on corpora")
-    _transcribe_recordings(options, words, folder)
+    _transcribe_recordings(options, words, folders)
 
 
 def _no_effect(flag: str, where: str) -> None:
@@ -230,7 +234,9 @@ def _check_nbest(options: TranscribeOptions) -> None:
         )
 
 
-def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path | None) -> None:
+def _transcribe_recordings(
+    options: TranscribeOptions, words: bool, folders: Sequence[Path]
+) -> None:
     from isthmus.decoding.formats import transcript_dict, write_transcript
     from isthmus.decoding.inputs import audio_faults
     from isthmus.display import counting, loading
@@ -255,9 +261,9 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
             index, heard = good[result.index], result.found
             found[index] = heard
             _tell(names[index], heard)
-            if folder is not None and not isinstance(heard, IsthmusError):
+            if folders and not isinstance(heard, IsthmusError):
                 form, file = options.output_format or "all", options.files[index]
-                for path in write_transcript(heard, file, folder, form, options.layout):
+                for path in write_transcript(heard, file, folders[index], form, options.layout):
                     if not options.as_json:
                         typer.echo(path, err=True)
             on_recording(len(found), len(names))
@@ -271,7 +277,7 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         ]
         settings = transcriber.settings.model_dump(mode="json")
         print_json({"files": report, "decode": settings})
-    elif folder is None:
+    elif not folders:
         for index, name in enumerate(names):
             if index not in failed:
                 text = found[index].text
