@@ -382,6 +382,16 @@ def test_quickstart_folder_may_have_any_name(name: str) -> None:
     assert quickstart_recipe(folder).data.train == (str(folder / "speech/train"),)
 
 
+def test_silence_is_said_in_one_line_and_is_no_fault(isthmus: Isthmus, tmp_path: Path) -> None:
+    file = tmp_path / "hush.wav"
+    soundfile.write(file, np.zeros(32000), 16000)
+    said = f"{file}: no speech was found in it.\n"
+    assert isthmus("transcribe", file, "-m", "tiny") == (0, "\n", said)
+    code, out, err = isthmus("transcribe", file, "-m", "tiny", "--json")
+    assert (code, err) == (0, said)
+    assert json.loads(out)["files"][0]["finish_reason"] == "no_speech"
+
+
 def test_files_that_are_written_are_named_but_not_with_json(
     isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -291,7 +291,9 @@ def _tell(name: str, heard: "Transcript | IsthmusError") -> None:
     if isinstance(heard, IsthmusError):
         typer.echo(f"error: {heard}", err=True)
         return
-    if heard.finish_reason not in ("stop", "no_speech"):
+    if heard.finish_reason == "no_speech":
+        typer.echo(f"{name}: no speech was found in it.", err=True)
+    elif heard.finish_reason != "stop":
         cut = f"the end of a text is missing or made up ({heard.finish_reason})"
         typer.echo(f"warning: {name}: {cut}.", err=True)
     if heard.doubtful:
