@@ -1,6 +1,7 @@
 """The command line: light to start, one clear error for what is wrong, JSON where it reports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -48,7 +49,43 @@ def test_the_package_is_the_command_line() -> None:
     assert (code, err) == (0, "")
     assert "tiny/projector" in out
     assert said("cp", "tiny/projektor", "x.yaml")[0] == 1  # main's own errors
-    assert "Usage: python -m isthmus" in said("--help")[1]
+    assert "Usage: isthmus" in said("--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        ("isthmus tra", {"train", "transcribe"}),
+        ("isthmus train tiny/pro", {"tiny/projector"}),
+        ("isthmus cp real/ctc-", {"real/ctc-posterior"}),
+        ("isthmus transcribe a.wav --model ", {"base", "tiny"}),
+        ("isthmus evaluate ti", {"tiny"}),
+        ("isthmus analyse alignment b", {"base"}),
+        ("isthmus train my", set()),  # a file of the reader's own: the shell's affair
+    ],
+)
+def test_shells_complete_names_without_torch(words: str, some: set[str]) -> None:
+    code = (
+        "import os, sys\n"
+        "from isthmus.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'lhotse'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    asked = {
+        "_ISTHMUS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | asked,
+    )
+    assert set(done.stdout.split()) == some
+    assert done.stderr == "set()\n"
 
 
 BEFORE_TORCH = [  # what is wrong, and a word of what is said
@@ -58,6 +95,7 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["train", "tiny/projector"], "Make it: isthmus synth"),
     (["cache", "tiny/projector"], "Make it: isthmus synth"),
     (["transcribe", "a.wav", "-f", "srd"], "Did you mean 'srt'"),
+    (["transcribe", "empty", "-f", "srt"], "empty: no recordings in it"),
     (["transcribe", "a/x.wav", "b/x.wav", "-o", "out"], "both be written"),
     (["transcribe", "a.wav", "-o", "no.yaml"], "cannot be written"),
     (["transcribe", "a.wav", "-o", "no.yaml/x"], "no.yaml/x cannot be written: nothing can be"),
@@ -70,6 +108,9 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["transcribe", "a.wav", "-m", "newer"], "written by isthmus 99.0, this is"),
     (["transcribe", "a.wav", "--beam_size", "0"], "--beam-size"),
     (["transcribe", "a.wav", "--gate", "silence"], "--gate"),
+    (["transcribe", "a.wav", "--device", "gpu"], "--device gpu: give auto, cpu"),
+    (["evaluate", "tiny", "a", "--device", "cuda0"], "--device cuda0: give auto, cpu"),
+    (["train", "tiny/projector", "--device", "gpu"], "--device gpu: give auto, cpu"),
     (["evaluate", "newer", "a"], "written by isthmus 99.0, this is"),
     (["evaluate", "tiny", "nowhere"], "no such corpus"),
     (["evaluate", "tiny", ".", "--normaliser", "basik"], "Did you mean 'basic'"),
@@ -388,6 +429,16 @@ def test_quickstart_folder_may_have_any_name(name: str) -> None:
     assert quickstart_recipe(folder).data.train == (str(folder / "speech/train"),)
 
 
+def test_silence_is_said_in_one_line_and_is_no_fault(isthmus: Isthmus, tmp_path: Path) -> None:
+    file = tmp_path / "hush.wav"
+    soundfile.write(file, np.zeros(32000), 16000)
+    said = f"{file}: no speech was found in it.\n"
+    assert isthmus("transcribe", file, "-m", "tiny") == (0, "\n", said)
+    code, out, err = isthmus("transcribe", file, "-m", "tiny", "--json")
+    assert (code, err) == (0, said)
+    assert json.loads(out)["files"][0]["finish_reason"] == "no_speech"
+
+
 def test_files_that_are_written_are_named_but_not_with_json(
     isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -399,8 +450,13 @@ def test_files_that_are_written_are_named_but_not_with_json(
 
     monkeypatch.setattr("isthmus.decoding.systems.load_system", lambda *a, **b: Transcriber())
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "talks/in").mkdir(parents=True)
     soundfile.write("a.wav", np.zeros(16000), 16000)
     assert isthmus("transcribe", "a.wav", "-f", "txt") == (0, "", "a.txt\n")
     assert (tmp_path / "a.txt").read_text() == "one\n"
     assert isthmus("transcribe", "a.wav", "-f", "txt", "--json")[2] == ""
     assert isthmus("transcribe", "a.wav") == (0, "one\n", "")
+    soundfile.write("talks/in/b.wav", np.zeros(16000), 16000)
+    assert isthmus("transcribe", "talks", "-f", "srt") == (0, "", "talks/in/b.srt\n")
+    assert "00:00:01,000\none" in (tmp_path / "talks/in/b.srt").read_text()
+    assert isthmus("transcribe", "talks", "-f", "vtt", "-o", "out") == (0, "", "out/in/b.vtt\n")

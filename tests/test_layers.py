@@ -32,7 +32,7 @@ ORDER = [
     {"decoding"},
     {"serving"},
     {"training"},
-    {"display"},
+    {"display", "doctor"},
     {"lab"},
     {"options", "verbs", "cli", "__main__"},
 ]

@@ -17,7 +17,6 @@ app = typer.Typer(
     cls=WholeSummaries,
     help="Speech recognition with language models: encoder, projector, LLM.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # its tables cut the names of options on narrow terminals
     pretty_exceptions_enable=False,
     context_settings={
@@ -58,7 +57,7 @@ def main() -> None:
     logging.getLogger("isthmus").setLevel(logging.INFO)
     warnings.showwarning = _show_warning
     try:
-        app()
+        app(prog_name="isthmus")  # of `python -m isthmus` too, whose completion is the same
     except (IsthmusError, ModuleNotFoundError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code if isinstance(error, IsthmusError) else 1)

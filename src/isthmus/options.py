@@ -1,7 +1,7 @@
 """Commands whose options are the fields of a dataclass: one object, not twenty parameters."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
@@ -56,6 +56,15 @@ def limit(flag: str, text: str) -> Any:
 def switch(flag: str, text: str) -> Any:
     """An option that is on or off, and off unless given."""
     return typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
+
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completion of an argument that is one of `names`; where none begins so, shells try files."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
 
 
 def with_hyphens(name: str) -> str:

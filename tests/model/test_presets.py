@@ -8,9 +8,10 @@ import torch
 
 from isthmus.errors import IsthmusError
 from isthmus.lab.sizes import preset_parameters
+from isthmus.model.device import choose_device
 from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import build_llm
-from isthmus.model.parts import choose_device, resolve
+from isthmus.model.parts import resolve
 from isthmus.model.presets import PRESETS, find_preset, on_meta, stand_in_tokenizer
 from isthmus.model.prompt import ChatPrompt, PaperPrompt, tokenise
 from isthmus.settings.encoders import ConformerSettings, WhisperSettings

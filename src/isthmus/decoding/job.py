@@ -34,6 +34,7 @@ from isthmus.decoding.transcriber import run_folder
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, write_atomic
+from isthmus.model.device import choose_device, on_device
 from isthmus.model.parts import source
 from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
@@ -79,6 +80,7 @@ class System:
     load: Callable[[], Hears]
     model: Mapping[str, str]  # SHA-256 by what it is of
     decode: RecogniserSettings
+    device: str = "auto"  # where each process loads it
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def system(
     align_model: str | None = None,
     ears: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
 ) -> System:
     """The system of that name, not loaded yet; arguments are those of `load_system`.
 
@@ -117,7 +120,7 @@ def system(
     if ears:
         model |= {f"ears {name}": value for name, value in _run_sums(run_folder(ears)).items()}
     loader = partial(load_system, run, align_model=align_model, ears=ears, **decode.model_dump())
-    return System(loader, model, decode)
+    return System(loader, model, decode, device)
 
 
 def _run_sums(folder: Path) -> dict[str, str]:
@@ -258,10 +261,11 @@ class Job:
     @cached_property
     def _hears(self) -> Hears:
         """Loaded only where there is something to do, on the GPU of this process."""
-        if torch.cuda.is_available():
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            torch.cuda.set_device(local % torch.cuda.device_count())
-        hears = self.system.load()
+        with on_device(self.system.device):
+            if choose_device() == torch.device("cuda"):  # any of them
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                torch.cuda.set_device(local % torch.cuda.device_count())
+            hears = self.system.load()
         hears.check_words(self.words)
         return hears
 

@@ -19,10 +19,10 @@ from isthmus.decoding.timestamps import CTC_TYPES, load_ctc
 from isthmus.decoding.transcript import Segment
 from isthmus.errors import IsthmusError, suggest
 from isthmus.model.ctc_head import CTCHead, own_tokenizer
+from isthmus.model.device import choose_device
 from isthmus.model.encoder import Encoder, load_extractor
 from isthmus.model.features import padded
 from isthmus.model.parts import (
-    choose_device,
     load_network,
     loading,
     model_type,

@@ -8,6 +8,7 @@ from typing import Any
 from isthmus.decoding.recogniser import Recogniser
 from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load, run_folder
 from isthmus.errors import IsthmusError
+from isthmus.model.device import on_device
 from isthmus.model.hub import download
 from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
@@ -60,20 +61,23 @@ def load_system(
     cached: bool = False,
     align_model: str | None = None,
     ears: str | None = None,
+    device: str | None = None,
     **settings: Any,
 ) -> Recogniser:
     """What transcribes, by its name: a run, a pretrained model, or a run of `pretrain-ctc`.
 
-    `cached`, `align_model` and `ears` are those of `transcriber.load`, as are the settings, of
-    which pretrained models have few, and `language` besides. They compute in float32. Raises
-    IsthmusError.
+    `cached`, `align_model`, `ears` and `device` are those of `transcriber.load`, as are the
+    settings, of which pretrained models have few, and `language` besides. They compute in float32.
+    Raises IsthmusError.
     """
     folder = system_folder(name)
     own = system_settings(folder, settings, ears)
     if isinstance(own, DecodeSettings):
-        return load(folder, cached=cached, align_model=align_model, ears=ears, **own.model_dump())
+        arguments: dict[str, Any] = {"cached": cached, "ears": ears, "device": device}
+        return load(folder, align_model=align_model, **arguments, **own.model_dump())
     if ears is not None:
         raise IsthmusError(f"--ears: {name} is no run, and hears for itself. Leave it out.")
     from isthmus.decoding.pretrained import load_pretrained
 
-    return load_pretrained(folder, own, str(name), align_model)
+    with on_device(device):
+        return load_pretrained(folder, own, str(name), align_model)

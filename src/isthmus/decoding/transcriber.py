@@ -33,6 +33,7 @@ from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
 from isthmus.model.adapters import merge_adapters
 from isthmus.model.ctc_head import CTCHead, LogProbs
+from isthmus.model.device import on_device
 from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
 from isthmus.model.hub import download
@@ -378,19 +379,23 @@ def load(
     cached: bool = False,
     align_model: str | None = None,
     ears: str | Path | None = None,
+    device: str | None = None,
     **settings: Unpack[DecodeChanges],
 ) -> Transcriber:
     """The transcriber of a run, `base` and `tiny` among them, or what reads best here (`default`).
 
     `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
     one. `align_model`: a CTC model that tells when words were said. `ears`: a run whose
-    encoder and projector take the places of this one's. Further arguments are those of
-    DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid.
+    encoder and projector take the places of this one's. `device`: auto (a GPU by CUDA, else the
+    CPU), cpu, cuda, cuda:N or mps. Further arguments are those of
+    DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid, and for a
+    device that is not there.
     """
     folder, of_ears = run_folder(run), None if ears is None else run_folder(ears)
     decode = decode_settings(folder, settings, of_ears)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
-    model, recipe = load_run(folder, of_ears)
+    with on_device(device):
+        model, recipe = load_run(folder, of_ears)
     if recipe.llm.mergeable and model.llm.dtype == torch.float32:
         merge_adapters(model.llm)  # in half precision the sum would round the adapters off
     cache = None

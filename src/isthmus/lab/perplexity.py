@@ -26,8 +26,8 @@ import torch
 from isthmus.decoding.inputs import is_corpus
 from isthmus.decoding.transcriber import run_folder
 from isthmus.errors import IsthmusError
+from isthmus.model.device import choose_device
 from isthmus.model.llm import LLM, build_llm
-from isthmus.model.parts import choose_device
 from isthmus.model.prompt import plain_tokens
 from isthmus.runs.folder import DEFAULT, SHIPPED_RUNS, holds_run
 from isthmus.runs.loading import load_run

@@ -18,8 +18,8 @@ from torch import Tensor
 from isthmus.build import llm_of
 from isthmus.lab.perplexity import Perplexity, perplexity_text, word_perplexity
 from isthmus.model.adapters import merge_adapters
+from isthmus.model.device import choose_device
 from isthmus.model.llm import LLM
-from isthmus.model.parts import choose_device
 from isthmus.recipe import Recipe
 from isthmus.runs.loading import load_run
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates

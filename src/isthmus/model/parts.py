@@ -151,13 +151,6 @@ def _stand_in(found: StandIns, path: str) -> Path:
     return folder
 
 
-def choose_device() -> torch.device:
-    """The CUDA device this process should use if there is one, else the CPU; meta in a plan."""
-    if stand_ins.get():
-        return torch.device("meta")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a model folder, with what is read here of the right kind.
 

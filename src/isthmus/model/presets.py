@@ -24,6 +24,7 @@ from transformers import (
 
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE
+from isthmus.model.device import META, on_device
 from isthmus.model.fetch import FETCHED, GIVEN, PARTS
 from isthmus.model.llm import CHAT_TEMPLATE
 from isthmus.model.parts import StandIns, stand_ins
@@ -319,7 +320,7 @@ def on_meta() -> Iterator[None]:
     """Parts that are built within have their sizes and no weights: their networks are on torch's
     meta device. A Hugging Face name is looked up here; nothing is downloaded.
     """
-    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, on_device(META):
         token = stand_ins.set(StandIns(Path(folder), write_preset))
         try:
             yield

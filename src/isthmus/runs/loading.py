@@ -8,7 +8,8 @@ from typing import Any
 from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import Source, choose_device, sources
+from isthmus.model.device import choose_device
+from isthmus.model.parts import Source, sources
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.weights import sha256
 from isthmus.recipe import Experiment, Recipe, load_recipe

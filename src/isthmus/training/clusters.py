@@ -15,8 +15,9 @@ from torch import Tensor
 
 from isthmus.build import encoder_of
 from isthmus.errors import IsthmusError
+from isthmus.model.device import choose_device
 from isthmus.model.encoder import Encoder
-from isthmus.model.parts import choose_device, sources
+from isthmus.model.parts import sources
 from isthmus.model.units import Units, files_digest, nearest
 from isthmus.recipe import Recipe
 from isthmus.speech.corpora import load_cut

@@ -8,7 +8,7 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import WholeSummaries
-from isthmus.verbs.common import AllowChange, Json, Overrides, RecipeName, print_json
+from isthmus.verbs.common import AllowChange, Json, Overrides, RecipeName, RunName, print_json
 
 if TYPE_CHECKING:
     from isthmus.lab.sweep_table import Table
@@ -55,7 +55,7 @@ def emergence(
 
 @analyse.command()
 def alignment(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or base, tiny.")],
+    run: RunName,
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
     ],
@@ -138,7 +138,7 @@ def presets(as_json: Json = False) -> None:
 
 @analyse.command("text-ability")
 def text_ability(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or base, tiny.")],
+    run: RunName,
     text: Annotated[
         str, typer.Argument(metavar="TEXT", help="A file of a text a line, or corpus.")
     ],

@@ -1,7 +1,8 @@
 """Verbs that transcribe and score."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,7 +10,17 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import limit, switch, takes
-from isthmus.verbs.common import BatchSize, Beam, Json, Language, Model, Normaliser, print_json
+from isthmus.verbs.common import (
+    BatchSize,
+    Beam,
+    Device,
+    Json,
+    Language,
+    Model,
+    Normaliser,
+    print_json,
+    systems,
+)
 
 app = typer.Typer()
 
@@ -29,7 +40,12 @@ CTCWeight = Annotated[
 ]
 Ears = Annotated[
     str | None,
-    typer.Option("--ears", metavar="RUN", help="Hear with encoder and projector of this run."),
+    typer.Option(
+        "--ears",
+        metavar="RUN",
+        help="Hear with encoder and projector of this run.",
+        autocompletion=systems,
+    ),
 ]
 
 
@@ -39,7 +55,7 @@ class TranscribeOptions:
 
     audio: Annotated[
         list[str],
-        typer.Argument(help="Recordings of any length and format; - for standard input."),
+        typer.Argument(help="Recordings, or with -f folders of them; - for standard input."),
     ]
     model: Model = "default"
     output_dir: Annotated[
@@ -96,6 +112,7 @@ class TranscribeOptions:
     ] = None
     instruction: Instruction = None
     language: Language = None
+    device: Device = "auto"
     as_json: Json = False
 
     @property
@@ -121,6 +138,11 @@ class TranscribeOptions:
         )
 
     @property
+    def system(self) -> dict[str, Any]:
+        """What there is to a system but its settings."""
+        return {"align_model": self.align_model, "ears": self.ears, "device": self.device}
+
+    @property
     def decode(self) -> dict[str, Any]:
         """The decoding settings that were given."""
         return {
@@ -143,11 +165,21 @@ class TranscribeOptions:
 @takes(TranscribeOptions)
 def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
-    from isthmus.decoding.formats import PLAIN, check_outputs
+    from isthmus.decoding.formats import PLAIN, check_outputs, outputs
     from isthmus.decoding.inputs import are_corpora
+    from isthmus.model.device import check_device
     from isthmus.runs.folder import DEFAULT, local_system
 
-    words = options.word_timestamps or options.layout != PLAIN
+    check_device(options.device)
+    laid_out = options.layout != PLAIN
+    words = options.word_timestamps or laid_out
+    output_format, folders = options.output_format or "all", []
+    if options.output_format or laid_out:  # into files, as whisper does
+        pairs = outputs(options.audio, output_format, options.output_dir)
+        options = replace(options, audio=[name for name, _ in pairs])
+        folders = [folder for _, folder in pairs]
+    elif options.output_dir is not None:
+        folders = [options.output_dir] * len(options.audio)
     if options.model != DEFAULT:  # which may have to be downloaded: only for good recordings
         local_system(options.model)
     if corpora := are_corpora(options.audio):
@@ -156,20 +188,15 @@ def transcribe(options: TranscribeOptions) -> None:
     if corpora:
         _transcribe_corpora(options)
         return
-    folder = options.output_dir
-    if folder is None and (options.output_format or options.layout != PLAIN):
-        folder = Path()  # as whisper does
-    output_format = options.output_format or "all"
-    files = options.files if folder is not None else []
-    check_outputs(files, output_format, folder)
+    check_outputs(zip(options.files, folders, strict=bool(folders)), output_format)
     if options.align_model and not words:
         _no_effect("--align-model", "without --word-timestamps")
-    listed = options.as_json or (folder is not None and output_format in ("json", "all"))
+    listed = options.as_json or (folders and output_format in ("json", "all"))
     if options.nbest and not listed:
         _no_effect("--nbest", "without --json, which lists them")
     if options.ray:
         _no_effect("--ray", "on recordings, only on corpora")
-    _transcribe_recordings(options, words, folder)
+    _transcribe_recordings(options, words, folders)
 
 
 def _no_effect(flag: str, where: str) -> None:
@@ -223,7 +250,9 @@ def _check_nbest(options: TranscribeOptions) -> None:
         )
 
 
-def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path | None) -> None:
+def _transcribe_recordings(
+    options: TranscribeOptions, words: bool, folders: Sequence[Path]
+) -> None:
     from isthmus.decoding.formats import transcript_dict, write_transcript
     from isthmus.decoding.inputs import audio_faults
     from isthmus.display import counting, loading
@@ -242,28 +271,17 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         defer_compiler_imports()
         from isthmus.decoding.systems import load_system
 
-        transcriber = load_system(
-            options.model, align_model=options.align_model, ears=options.ears, **options.decode
-        )
+        transcriber = load_system(options.model, **options.system, **options.decode)
     with counting("recordings") as on_recording:
         for result in transcriber.results([audio[i] for i in good], word_timestamps=words):
-            index = good[result.index]
-            name, heard = names[index], result.found
+            index, heard = good[result.index], result.found
             found[index] = heard
-            if isinstance(heard, IsthmusError):
-                typer.echo(f"error: {heard}", err=True)
-            else:
-                if heard.finish_reason not in ("stop", "no_speech"):
-                    cut = f"the end of a text is missing or made up ({heard.finish_reason})"
-                    typer.echo(f"warning: {name}: {cut}.", err=True)
-                if heard.doubtful:
-                    typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
-                if folder is not None:
-                    form = options.output_format or "all"
-                    file = options.files[index]
-                    for path in write_transcript(heard, file, folder, form, options.layout):
-                        if not options.as_json:
-                            typer.echo(path, err=True)
+            _tell(names[index], heard)
+            if folders and not isinstance(heard, IsthmusError):
+                form, file = options.output_format or "all", options.files[index]
+                for path in write_transcript(heard, file, folders[index], form, options.layout):
+                    if not options.as_json:
+                        typer.echo(path, err=True)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:
@@ -275,13 +293,27 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         ]
         settings = transcriber.settings.model_dump(mode="json")
         print_json({"files": report, "decode": settings})
-    elif folder is None:
+    elif not folders:
         for index, name in enumerate(names):
             if index not in failed:
                 text = found[index].text
                 typer.echo(f"{name}: {text}" if len(names) > 1 else text)
     if failed:
         raise typer.Exit(1)
+
+
+def _tell(name: str, heard: "Transcript | IsthmusError") -> None:
+    """Say on standard error what is wrong with a transcript, a line for each fault."""
+    if isinstance(heard, IsthmusError):
+        typer.echo(f"error: {heard}", err=True)
+        return
+    if heard.finish_reason == "no_speech":
+        typer.echo(f"{name}: no speech was found in it.", err=True)
+    elif heard.finish_reason != "stop":
+        cut = f"the end of a text is missing or made up ({heard.finish_reason})"
+        typer.echo(f"warning: {name}: {cut}.", err=True)
+    if heard.doubtful:
+        typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
 
 
 def _doubt(heard: "Transcript") -> str:
@@ -302,9 +334,8 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
 
     chosen = system(
         options.model,
-        align_model=options.align_model,
-        ears=options.ears,
         settings=options.decode,
+        **options.system,
     )
     local = options.ray == "local"
     cluster = Cluster(None if local else options.ray) if options.ray else None
@@ -333,7 +364,11 @@ class EvaluateOptions:
 
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Run, or base, tiny, or a model such as Whisper."),
+        typer.Argument(
+            metavar="RUN",
+            help="Run, or base, tiny, or a model such as Whisper.",
+            autocompletion=systems,
+        ),
     ]
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
@@ -344,6 +379,7 @@ class EvaluateOptions:
     ears: Ears = None
     instruction: Instruction = None
     language: Language = None
+    device: Device = "auto"
     normaliser: Normaliser = "basic"
     output_dir: Annotated[
         Path | None,
@@ -359,10 +395,12 @@ def evaluate(options: EvaluateOptions) -> None:
     """Transcribe corpora with a run or a pretrained model, and score the result."""
     from isthmus.decoding.formats import check_folder
     from isthmus.display import counting, loading, print_scores
+    from isthmus.model.device import check_device
     from isthmus.runs.folder import local_system
     from isthmus.scoring import normaliser as find_normaliser
     from isthmus.speech.utterances import find_corpus
 
+    check_device(options.device)
     local_system(options.run)
     find_normaliser(options.normaliser)
     for corpus in options.data:
@@ -383,6 +421,7 @@ def evaluate(options: EvaluateOptions) -> None:
             ctc_weight=options.ctc_weight,
             instruction=options.instruction,
             language=options.language,
+            device=options.device,
             cached=True,
         )
     if options.ctc:

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from itertools import takewhile
 from pathlib import Path
@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.options import takes
 from isthmus.verbs.common import (
     AllowChange,
     Curves,
+    Device,
     Json,
     Overrides,
     Overwrite,
@@ -22,6 +24,7 @@ from isthmus.verbs.common import (
     Resume,
     RunFolder,
     print_json,
+    recipe_names,
 )
 
 app = typer.Typer()
@@ -66,37 +69,47 @@ def quickstart(
         print_json(result)
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the verbs that train take."""
+
+    recipe: RecipeName
+    overrides: Overrides = None
+    output_dir: RunFolder = None
+    resume: Resume = False
+    overwrite: Overwrite = False
+    allow_change: AllowChange = None
+    tensorboard: Curves = False
+    device: Device = "auto"
+    as_json: Json = False
+
+
 def _training_verb(verb: str, purpose: str, kind: str, job: str) -> None:
     """The verbs that train differ in the kind of recipe (in isthmus.recipe) and in the job that
     takes it (module:function)."""
 
     @app.command(verb, help=purpose)
-    def run(
-        recipe: RecipeName,
-        overrides: Overrides = None,
-        output_dir: RunFolder = None,
-        resume: Resume = False,
-        overwrite: Overwrite = False,
-        allow_change: AllowChange = None,
-        tensorboard: Curves = False,
-        as_json: Json = False,
-    ) -> None:
+    @takes(TrainingOptions)
+    def run(given: TrainingOptions) -> None:
         from isthmus.display import loading, training_observer
+        from isthmus.model.device import check_device, on_device
 
-        if resume and overwrite:
+        overrides = given.overrides or []
+        if given.resume and given.overwrite:
             raise IsthmusError("--resume and --overwrite exclude each other. Give one of them.")
+        check_device(given.device)
         from isthmus import recipe as recipes
 
-        chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, kind))
-        require_corpora(chosen, recipe)
+        chosen = recipes.load_recipe(given.recipe, overrides, kind=getattr(recipes, kind))
+        require_corpora(chosen, given.recipe)
         steps: list[int] = []
         with _told_when_interrupted(steps):
             with loading("torch"):
                 from isthmus.training import runs
-            folder = output_dir or Path("runs") / chosen.name
-            opening = runs.Opening(resume, overwrite, allow_change or ())
-            curves = folder / "tensorboard" if tensorboard else None
-            with training_observer(chosen.train.steps, curves) as observe:
+            folder = given.output_dir or Path("runs") / chosen.name
+            opening = runs.Opening(given.resume, given.overwrite, given.allow_change or ())
+            curves = folder / "tensorboard" if given.tensorboard else None
+            with on_device(given.device), training_observer(chosen.train.steps, curves) as observe:
 
                 def on_step(metrics: "Metrics") -> None:
                     steps.append(metrics["step"])
@@ -110,7 +123,7 @@ def _training_verb(verb: str, purpose: str, kind: str, job: str) -> None:
 
         if not leading():
             return
-        if as_json:
+        if given.as_json:
             figures = {"step": end.step, "best_step": end.best_step, "best_loss": end.best_loss}
             print_json({"run": str(folder)} | figures)
         else:
@@ -239,7 +252,7 @@ def recipes(as_json: Json = False) -> None:
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=recipe_names)],
     file: Annotated[Path, typer.Argument(help="Where to write it.")],
 ) -> None:
     """Copy a shipped recipe, to change it."""
