@@ -377,7 +377,23 @@ def load(
     device that is not there.
     """
     folder = run_folder(run)
-    decode = decode_settings(folder, settings)
+    changes = {name: value for name, value in settings.items() if value is not None}
+    decode = decode_settings(folder, changes)
+    return open_run(
+        folder, decode, cached=cached, align_model=align_model, ears=ears, device=device
+    )
+
+
+def open_run(
+    folder: Path,
+    decode: DecodeSettings,
+    *,
+    cached: bool = False,
+    align_model: str | None = None,
+    ears: str | Path | None = None,
+    device: str | None = None,
+) -> Transcriber:
+    """The transcriber of a run folder, with these settings; arguments are those of `load`."""
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     with on_device(device):
         model, recipe = load_run(folder, run_folder(ears) if ears is not None else None)
@@ -398,15 +414,14 @@ def load(
 
 
 def decode_settings(run: Path, changes: Mapping[str, Any]) -> DecodeSettings:
-    """The run's own, some of them replaced; None leaves one. No model is loaded.
+    """The run's own, some of them replaced. No model is loaded.
 
     Raises IsthmusError for one that is not valid, or that needs what is not installed.
     """
-    given = {name: value for name, value in changes.items() if value is not None}
-    settings = change_settings(stored_recipe(run).decode, given)
+    settings = change_settings(stored_recipe(run).decode, changes, "decode")
     if settings.gate == "silero" and importlib.util.find_spec("silero_vad") is None:
         raise IsthmusError(
-            "decode.gate (--gate) is silero, which is not installed. Install the extra: pip "
+            "decode.gate is silero, which is not installed. Install the extra: pip "
             "install 'isthmus[vad]', or choose energy."
         )
     return settings
