@@ -107,7 +107,9 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["transcribe", "a.wav", "-m", "."], "is no run folder"),
     (["transcribe", "a.wav", "-m", "newer"], "written by isthmus 99.0, this is"),
     (["transcribe", "a.wav", "--beam_size", "0"], "--beam-size"),
-    (["transcribe", "a.wav", "--gate", "silence"], "--gate"),
+    (["transcribe", "a.wav", "decode.nbest=9"], "--nbest 9 is more than --beam-size 4"),
+    (["transcribe", "a.wav", "decode.gate=["], "is not valid YAML"),
+    (["evaluate", "tiny", "a", "decode.beam_size=2", "--beam-size", "1"], "are one setting"),
     (["transcribe", "a.wav", "--device", "gpu"], "--device gpu: give auto, cpu"),
     (["evaluate", "tiny", "a", "--device", "cuda0"], "--device cuda0: give auto, cpu"),
     (["train", "tiny/projector", "--device", "gpu"], "--device gpu: give auto, cpu"),
@@ -427,6 +429,38 @@ def test_interruption_has_the_exit_code_that_shells_expect(
 def test_quickstart_folder_may_have_any_name(name: str) -> None:
     folder = Path(name)
     assert quickstart_recipe(folder).data.train == (str(folder / "speech/train"),)
+
+
+@pytest.mark.parametrize(
+    ("setting", "fault"),
+    [
+        ("decode.beem_size=2", "unknown key decode.beem_size. Did you mean 'beam_size'?"),
+        ("decode.beam_size=none", "decode.beam_size: Input should be a valid integer"),
+        (
+            "decode.gate=silence",
+            "decode.gate: Input should be 'auto', 'silero', 'energy' or 'none'",
+        ),
+    ],
+)
+def test_settings_are_taken_and_refused_as_in_training(
+    isthmus: Isthmus, tmp_path: Path, setting: str, fault: str
+) -> None:
+    manifest = tmp_path / "corpus.jsonl"
+    soundfile.write(tmp_path / "hush.wav", np.zeros(16000), 16000)
+    manifest.write_text('{"id": "a", "audio": "hush.wav", "text": "turn on"}\n')
+    for line in (
+        ["train", "tiny/projector", *NO_DATA],
+        ["transcribe", tmp_path / "hush.wav", "-m", "tiny"],
+        ["transcribe", manifest, "-m", "tiny", "-o", tmp_path / "out"],
+        ["evaluate", "tiny", manifest],
+    ):
+        code, _, err = isthmus(*line, setting)
+        assert (code, fault in err) == (1, True), line
+    good = ["decode.gate=energy", "decode.ctc_delay=null", "decode.hotwords=[turn, light]"]
+    code, out, _ = isthmus("evaluate", "tiny", manifest, *good, "--json")
+    decode = json.loads(out)["decode"]
+    assert (code, decode["gate"], decode["ctc_delay"]) == (0, "energy", None)
+    assert decode["hotwords"] == ["turn", "light"]
 
 
 def test_silence_is_said_in_one_line_and_is_no_fault(isthmus: Isthmus, tmp_path: Path) -> None:

@@ -68,12 +68,12 @@ def recording(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_transcribing_loads_what_it_uses(recording: Path) -> None:
-    assert loaded(TRANSCRIBE, "transcribe", recording, "-m", "tiny", "--gate", "none") == []
+    assert loaded(TRANSCRIBE, "transcribe", recording, "-m", "tiny", "decode.gate=none") == []
 
 
 def test_it_would_be_seen(recording: Path) -> None:
     found = loaded(
-        f"{AS_EVER}\n{TRANSCRIBE}", "transcribe", recording, "-m", "tiny", "--gate", "none"
+        f"{AS_EVER}\n{TRANSCRIBE}", "transcribe", recording, "-m", "tiny", "decode.gate=none"
     )
     assert set(found) >= {
         "torch._dynamo.eval_frame",
@@ -90,8 +90,7 @@ def test_the_results_are_the_same(recording: Path) -> None:
             recording,
             "-m",
             "tiny",
-            "--gate",
-            "none",
+            "decode.gate=none",
             "--json",
             "--word-timestamps",
         )

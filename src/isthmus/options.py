@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
-from typing import Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
@@ -14,7 +14,7 @@ Options = TypeVar("Options")
 def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable[..., None]]:
     """Make a function of a `kind` into a command with a parameter for each of its fields.
 
-    The fields are annotated as typer wants parameters to be.
+    The fields are annotated as typer wants parameters to be; one that is not is no parameter.
     """
 
     def decorate(command: Callable[[Options], None]) -> Callable[..., None]:
@@ -30,6 +30,7 @@ def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable
                 annotation=hints[field.name],
             )
             for field in fields(kind)  # type: ignore[arg-type]  # a dataclass
+            if get_origin(hints[field.name]) is Annotated
         ]
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = dict(hints)

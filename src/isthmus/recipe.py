@@ -246,13 +246,18 @@ def checked_settings(kind: type[Settings], values: object, fault: str) -> Settin
         raise IsthmusError("\n".join([f"{fault}:", *lines])) from error
 
 
-def change_settings(settings: Settings, changes: Mapping[str, Any]) -> Settings:
-    """`settings` with some replaced. Raises IsthmusError for one that is unknown or not valid."""
+def change_settings(
+    settings: Settings, changes: Mapping[str, Any], under: str | None = None
+) -> Settings:
+    """`settings` with some replaced. Raises IsthmusError for one that is unknown or not valid.
+
+    `under` is the key that the settings have in a recipe, to be named by errors.
+    """
     values = settings.model_dump() | dict(changes)
     try:
         return type(settings).model_validate(values)
     except ValidationError as error:
-        raise IsthmusError(" ".join(_explain(error, type(settings), values))) from error
+        raise IsthmusError(" ".join(_explain(error, type(settings), values, under))) from error
 
 
 def dump_recipe(recipe: Experiment) -> str:
@@ -284,11 +289,14 @@ def named_models(values: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str]]
             yield values, key
 
 
-def _explain(error: ValidationError, kind: type[BaseModel], values: object) -> Iterator[str]:
+def _explain(
+    error: ValidationError, kind: type[BaseModel], values: object, under: str | None = None
+) -> Iterator[str]:
     """One line a fault of `values`: the key, what is wrong, the nearest known key."""
     for fault in error.errors():
         location = [str(part) for part in fault["loc"]]
-        key = ".".join(_written(fault["loc"], values, fault["type"] == "missing"))
+        written = _written(fault["loc"], values, fault["type"] == "missing")
+        key = ".".join([under, *written] if under else written)
         if fault["type"] == "extra_forbidden":
             known = sorted(_known_keys(kind, location[:-1]))
             near = difflib.get_close_matches(location[-1], known, n=1)

@@ -63,6 +63,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, 
     return file, values
 
 
+def parted_settings(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """What is no `decode.x=y` among words of a command line, and those settings by name.
+
+    Raises IsthmusError for what is no YAML.
+    """
+    overrides = [word for word in words if re.match(r"decode\.[\w.]*=", word)]
+    values: dict[str, Any] = {"decode": {}}
+    for override in overrides:
+        _override(values, override)
+    return [word for word in words if word not in overrides], values["decode"]
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that come with isthmus, by name such as `tiny/projector`."""
     package = Path(__file__).resolve().parent

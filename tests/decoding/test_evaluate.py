@@ -12,7 +12,7 @@ from torch import Tensor
 
 from isthmus.decoding.evaluate import ctc_scores, evaluate
 from isthmus.decoding.pretrained import CTCRecogniser
-from isthmus.decoding.transcriber import Transcriber, load
+from isthmus.decoding.transcriber import Transcriber, load, open_run
 from isthmus.decoding.transcript import together
 from isthmus.errors import IsthmusError
 from isthmus.recipe import change_settings, load_recipe
@@ -310,12 +310,12 @@ def test_ctc_is_refused_before_decoding(
     isthmus: Isthmus, run: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def without_ctc(*arguments: Any, **options: Any) -> Transcriber:
-        transcriber = load(*arguments, **options)
+        transcriber = open_run(*arguments, **options)
         transcriber.model.encoder.ctc = transcriber.ctc = None
         monkeypatch.setattr(transcriber, "results", lambda audio: pytest.fail("decoded"))
         return transcriber
 
-    monkeypatch.setattr("isthmus.decoding.systems.load", without_ctc)
+    monkeypatch.setattr("isthmus.decoding.systems.open_run", without_ctc)
     code, _, err = isthmus("evaluate", run, corpus, "--ctc")
     assert code == 1
     assert "no CTC head" in err

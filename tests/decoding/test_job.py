@@ -345,7 +345,7 @@ def test_a_corpus_is_told_from_a_recording(recordings: str, tmp_path: Path) -> N
 
 
 def test_the_shipped_system_does_a_job(recordings: str, tmp_path: Path) -> None:
-    shipped = system(settings={"beam_size": 1, "batch_size": None})
+    shipped = system(settings={"beam_size": 1})
     assert shipped.decode.gate in ("silero", "energy")
     assert set(shipped.model) == {"recipe", "frozen", "trained"}
     report = transcribe_corpora(shipped, [recordings], tmp_path / "out")

@@ -474,6 +474,9 @@ def test_settings_without_effect_are_told(
         load_system(recogniser_folder("whisper.en"), language="de")
     load_system("tiny", language="de")
     assert "no effect on a run" in caplog.text
+    for name in ("whisper.en", "wav2vec2-group"):
+        with pytest.raises(IsthmusError, match=r"unknown key decode\.batch_sise\. Did you mean"):
+            load_system(recogniser_folder(name), batch_sise=2)
 
 
 def test_a_system_of_the_hub_is_what_its_files_say(

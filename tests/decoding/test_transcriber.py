@@ -364,5 +364,5 @@ def test_what_settings_need_is_looked_for_before_the_model_is_loaded(
     with pytest.raises(IsthmusError, match=r"Cannot read n-gram model .*broken\.arpa"):
         load(ngram=str(tmp_path / "broken.arpa"))
     monkeypatch.setitem(sys.modules, "silero_vad", None)
-    with pytest.raises(IsthmusError, match=r"--gate.* is silero, .*isthmus\[vad\]"):
+    with pytest.raises(IsthmusError, match=r"decode\.gate is silero, .*isthmus\[vad\]"):
         load(gate="silero")

@@ -107,21 +107,25 @@ def evaluate(
     corpora: Sequence[str],
     *,
     normaliser: str = "basic",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     on_batch: OnBatch = lambda done, total: None,
 ) -> Evaluation:
-    """Transcribe corpora and score them: each, and all together.
+    """Transcribe corpora (manifests, folders) and score them: each, and all together.
 
-    The words of recordings that cannot be heard count as deleted; lines without a transcript are
-    counted in `left_out`. Transcripts are written into `folder` before they are scored. Raises
-    IsthmusError, before anything is decoded, for an unknown normaliser, for files that exist and
-    for a language that the recogniser does not know; and when no utterance can be heard.
+    Rates are fractions. The words of recordings that cannot be heard count as deleted; lines
+    without a transcript are counted in `left_out`. Transcripts are written into `folder` before
+    they are scored.
+
+    Raises:
+        IsthmusError: before anything is decoded, for an unknown normaliser, for files that exist
+            and for a language that the recogniser does not know; and when no utterance can be
+            heard.
     """
     find_normaliser(normaliser)
     sets, left_out = load_sets(corpora)
     for name in {language(cut) for cuts in sets.values() for cut in cuts}:
         recogniser.check_language(name)
-    files = {} if folder is None else new_files(folder, sets)
+    files = {} if folder is None else new_files(Path(folder), sets)
     done, total = 0, sum(map(len, sets.values()))
     decoded: dict[str, list[Decoded]] = {}
     for name, cuts in sets.items():

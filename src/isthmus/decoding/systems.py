@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.decoding.recogniser import Recogniser
-from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load, run_folder
+from isthmus.decoding.transcriber import RUN_FILES, decode_settings, open_run, run_folder
 from isthmus.errors import IsthmusError
 from isthmus.model.device import on_device
 from isthmus.model.hub import download
@@ -36,12 +36,12 @@ def system_folder(name: str | Path) -> Path:
 def system_settings(
     folder: Path, changes: Mapping[str, Any], ears: str | None = None
 ) -> RecogniserSettings:
-    """The settings of what is in a `system_folder`, some of them replaced; None leaves one.
+    """The settings of what is in a `system_folder`, some of them replaced.
 
     `ears` are those of `load_system`. Warns of settings that have no effect on it. No model is
     loaded. Raises IsthmusError.
     """
-    given = {name: value for name, value in changes.items() if value is not None}
+    given = dict(changes)
     if holds_run(folder):
         if given.pop("language", None):
             log.warning("language has no effect on a run: its instruction says what it is to do.")
@@ -49,10 +49,11 @@ def system_settings(
     from isthmus.decoding.pretrained import pretrained_settings  # of which runs need nothing
 
     own = pretrained_settings(folder)
-    idle = [name for name in given if name not in type(own).model_fields]
+    known = {*DecodeSettings.model_fields, "language"}  # of some system: not a slip of the pen
+    idle = known & given.keys() - type(own).model_fields.keys()
     if idle:
-        log.warning("no effect on %s: %s", folder, ", ".join(idle))
-    return change_settings(own, {name: given[name] for name in given if name not in idle})
+        log.warning("no effect on %s: %s", folder, ", ".join(sorted(idle)))
+    return change_settings(own, {name: given[name] for name in given.keys() - idle}, "decode")
 
 
 def load_system(
@@ -73,8 +74,9 @@ def load_system(
     folder = system_folder(name)
     own = system_settings(folder, settings, ears)
     if isinstance(own, DecodeSettings):
-        arguments: dict[str, Any] = {"cached": cached, "ears": ears, "device": device}
-        return load(folder, align_model=align_model, **arguments, **own.model_dump())
+        return open_run(
+            folder, own, cached=cached, align_model=align_model, ears=ears, device=device
+        )
     if ears is not None:
         raise IsthmusError(f"--ears: {name} is no run, and hears for itself. Leave it out.")
     from isthmus.decoding.pretrained import load_pretrained

@@ -391,8 +391,25 @@ def load(
     DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid, and for a
     device that is not there.
     """
-    folder, of_ears = run_folder(run), None if ears is None else run_folder(ears)
-    decode = decode_settings(folder, settings, of_ears)
+    folder = run_folder(run)
+    changes = {name: value for name, value in settings.items() if value is not None}
+    decode = decode_settings(folder, changes, None if ears is None else run_folder(ears))
+    return open_run(
+        folder, decode, cached=cached, align_model=align_model, ears=ears, device=device
+    )
+
+
+def open_run(
+    folder: Path,
+    decode: DecodeSettings,
+    *,
+    cached: bool = False,
+    align_model: str | None = None,
+    ears: str | Path | None = None,
+    device: str | None = None,
+) -> Transcriber:
+    """The transcriber of a run folder, with these settings; arguments are those of `load`."""
+    of_ears = None if ears is None else run_folder(ears)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
     with on_device(device):
         model, recipe = load_run(folder, of_ears)
@@ -414,17 +431,16 @@ def load(
 def decode_settings(
     run: Path, changes: Mapping[str, Any], ears: Path | None = None
 ) -> DecodeSettings:
-    """The run's own, some of them replaced; None leaves one. No model is loaded.
+    """The run's own, some of them replaced. No model is loaded.
 
     Labels come as late as those of the `ears` do, where they are another run's. Raises IsthmusError
     for one that is not valid, or that needs what is not installed.
     """
-    given = {name: value for name, value in changes.items() if value is not None}
     own = {} if ears is None else {"ctc_delay": stored_recipe(ears).decode.ctc_delay}
-    settings = change_settings(stored_recipe(run).decode, own | given)
+    settings = change_settings(stored_recipe(run).decode, {**own, **changes}, "decode")
     if settings.gate == "silero" and importlib.util.find_spec("silero_vad") is None:
         raise IsthmusError(
-            "decode.gate (--gate) is silero, which is not installed. Install the extra: pip "
+            "decode.gate is silero, which is not installed. Install the extra: pip "
             "install 'isthmus[vad]', or choose energy."
         )
     return settings

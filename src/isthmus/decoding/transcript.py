@@ -42,7 +42,7 @@ def together(texts: Iterable[str]) -> str:
 
 @dataclass(frozen=True)
 class Word:
-    """A word, or a letter where no spaces part words, with the time it was said at."""
+    """A word, or a letter where no spaces part words, with the seconds it was said at."""
 
     text: str
     start: float
@@ -52,7 +52,7 @@ class Word:
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another hypothesis, less likely."""
+    """Another hypothesis, less likely; `score` is as that of a Segment."""
 
     text: str
     score: float
@@ -60,7 +60,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of speech that was decoded as one."""
+    """A stretch of speech that was decoded as one; `start` and `end` are seconds."""
 
     start: float
     end: float
@@ -102,7 +102,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Transcript:
-    """All that was heard in a recording."""
+    """All that was heard in a recording; times and `duration` are seconds from its beginning."""
 
     segments: tuple[Segment, ...]
     duration: float  # of the recording

@@ -259,7 +259,7 @@ def _digests(train: SpeechData, dev: SpeechData | None) -> dict[str, str]:
 
 def train(
     recipe: Recipe,
-    folder: Path,
+    folder: str | Path,
     opening: Opening = Opening(),
     *,
     on_step: OnStep = lambda metrics: None,
@@ -267,9 +267,17 @@ def train(
 ) -> Progress:
     """Train what a recipe does not freeze; `folder` is then a run to decode with.
 
-    `on_task` is shown model and data before the first step, to watch, not to touch. Nothing is
-    written before the models and the data are loaded.
+    `on_step` is given the metrics of each step: `step`, `loss` (nats a token), `accuracy` (a
+    fraction) and others. `on_task` is shown model and data before the first step, to watch, not to
+    touch. Nothing is written before the models and the data are loaded.
+
+    Raises:
+        IsthmusError: the recipe's parts or data cannot be had or used, or the folder holds what
+            `opening` does not allow to touch.
+        RetryLater: the disk is full, or another process has the folder; nothing was lost.
+        SystemExit: a signal ended training, after a checkpoint.
     """
+    folder = Path(folder)
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         pinned = as_recorded(recipe, folder) if run.resumed else recipe

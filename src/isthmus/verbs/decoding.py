@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -49,13 +49,58 @@ Ears = Annotated[
 ]
 
 
-@dataclass(frozen=True)
-class TranscribeOptions:
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """What verbs take that decode: of the settings under `decode` those that are often wanted."""
+
+    beam_size: Beam = None
+    batch_size: BatchSize = None
+    ctc_weight: CTCWeight = None
+    hotwords: Annotated[
+        str | None, typer.Option("--hotwords", help="Phrases to be expected, parted by commas.")
+    ] = None
+    strict: Annotated[
+        bool | None,
+        typer.Option("--strict/--no-strict", help="The same to the last bit in any company; slow."),
+    ] = None
+    instruction: Instruction = None
+    language: Language = None
+    ears: Ears = None
+    device: Device = "auto"
+    decode: dict[str, Any] = field(default_factory=dict)  # all settings that were given
+
+    def given(self) -> dict[str, Any]:
+        """The settings that options give."""
+        phrases = tuple(filter(None, map(str.strip, (self.hotwords or "").split(","))))
+        names = ("beam_size", "batch_size", "ctc_weight", "strict", "instruction", "language")
+        values = {name: getattr(self, name) for name in names} | {"hotwords": phrases or None}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def parted(self, words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+        """What is no decode.x=y among the words, and all settings that were given.
+
+        Raises IsthmusError for one that was given twice.
+        """
+        from isthmus.recipe_files import parted_settings
+
+        names, settings = parted_settings(words)
+        given = self.given()
+        for name in settings.keys() & given.keys():
+            flag = name.replace("_", "-")
+            raise IsthmusError(f"--{flag} and decode.{name} are one setting. Give one of them.")
+        return names, settings | given
+
+
+@dataclass(frozen=True, kw_only=True)
+class TranscribeOptions(DecodeOptions):
     """What `isthmus transcribe` takes."""
 
     audio: Annotated[
         list[str],
-        typer.Argument(help="Recordings, or with -f folders of them; - for standard input."),
+        typer.Argument(
+            help="Recordings, or with -f folders of them; - for standard input; and settings, as "
+            "decode.length_penalty=0.5.",
+        ),
     ]
     model: Model = "default"
     output_dir: Annotated[
@@ -81,14 +126,9 @@ class TranscribeOptions:
     max_line_width: Annotated[int | None, limit("max-line-width", "Letters of a line.")] = None
     max_line_count: Annotated[int | None, limit("max-line-count", "Lines of a cue.")] = None
     max_words_per_line: Annotated[int | None, limit("max-words-per-line", "Words of a cue.")] = None
-    beam_size: Beam = None
+    nbest: Annotated[int | None, limit("nbest", "Hypotheses to write (--json).")] = None
     length_penalty: Annotated[
         float | None, typer.Option("--length-penalty", help="As in the recipe.")
-    ] = None
-    nbest: Annotated[int | None, limit("nbest", "Hypotheses to write (--json).")] = None
-    batch_size: BatchSize = None
-    hotwords: Annotated[
-        str | None, typer.Option("--hotwords", help="Phrases to be expected, parted by commas.")
     ] = None
     ngram: Annotated[
         Path | None,
@@ -96,23 +136,14 @@ class TranscribeOptions:
             "--ngram", exists=True, dir_okay=False, help="An n-gram language model, an ARPA file."
         ),
     ] = None
-    ctc_weight: CTCWeight = None
-    ears: Ears = None
-    ray: Annotated[
-        str | None,
-        typer.Option("--ray", help="Corpora: over a Ray cluster, by its address, or local."),
-    ] = None
     gate: Annotated[
         Literal["auto", "silero", "energy", "none"] | None,
         typer.Option("--gate", help="Who finds the speech."),
     ] = None
-    strict: Annotated[
-        bool | None,
-        typer.Option("--strict/--no-strict", help="The same to the last bit in any company; slow."),
+    ray: Annotated[
+        str | None,
+        typer.Option("--ray", help="Corpora: over a Ray cluster, by its address, or local."),
     ] = None
-    instruction: Instruction = None
-    language: Language = None
-    device: Device = "auto"
     as_json: Json = False
 
     @property
@@ -142,23 +173,14 @@ class TranscribeOptions:
         """What there is to a system but its settings."""
         return {"align_model": self.align_model, "ears": self.ears, "device": self.device}
 
-    @property
-    def decode(self) -> dict[str, Any]:
-        """The decoding settings that were given."""
-        return {
-            "beam_size": self.beam_size,
-            "length_penalty": self.length_penalty,
+    def given(self) -> dict[str, Any]:
+        values = {
             "nbest": self.nbest,
-            "batch_size": self.batch_size,
+            "length_penalty": self.length_penalty,
+            "ngram": None if self.ngram is None else str(self.ngram),
             "gate": self.gate,
-            "strict": self.strict,
-            "instruction": self.instruction,
-            "language": self.language,
-            "ngram": str(self.ngram) if self.ngram else None,
-            "ctc_weight": self.ctc_weight,
-            "hotwords": tuple(filter(None, map(str.strip, (self.hotwords or "").split(","))))
-            or None,
         }
+        return super().given() | {name: one for name, one in values.items() if one is not None}
 
 
 @app.command()
@@ -171,6 +193,8 @@ def transcribe(options: TranscribeOptions) -> None:
     from isthmus.runs.folder import DEFAULT, local_system
 
     check_device(options.device)
+    names, decode = options.parted(options.audio)
+    options = replace(options, audio=names, decode=decode)
     laid_out = options.layout != PLAIN
     words = options.word_timestamps or laid_out
     output_format, folders = options.output_format or "all", []
@@ -192,7 +216,7 @@ def transcribe(options: TranscribeOptions) -> None:
     if options.align_model and not words:
         _no_effect("--align-model", "without --word-timestamps")
     listed = options.as_json or (folders and output_format in ("json", "all"))
-    if options.nbest and not listed:
+    if decode.get("nbest") and not listed:
         _no_effect("--nbest", "without --json, which lists them")
     if options.ray:
         _no_effect("--ray", "on recordings, only on corpora")
@@ -223,8 +247,9 @@ def _check_corpora(options: TranscribeOptions) -> None:
     }
     for flag in (flag for flag, given in fixed.items() if given):
         _no_effect(flag, "on corpora, whose transcripts are lines of transcripts.jsonl")
+    nbest = options.decode.get("nbest")
     if not options.word_timestamps:  # which add the segments to a line
-        for flag, given in (("--align-model", options.align_model), ("--nbest", options.nbest)):
+        for flag, given in (("--align-model", options.align_model), ("--nbest", nbest)):
             if given:
                 _no_effect(flag, "on corpora without --word-timestamps")
 
@@ -233,20 +258,19 @@ def _check_nbest(options: TranscribeOptions) -> None:
     """Raise IsthmusError where more hypotheses are asked for than are kept."""
     from isthmus.runs.folder import RECIPE, local_system
 
-    if not options.nbest:
+    nbest, beam = map(options.decode.get, ("nbest", "beam_size"))
+    if not nbest:
         return
-    beam = options.beam_size
     run = local_system(options.model) if beam is None else None
     recipe = run / RECIPE if run is not None else None
     if recipe is not None and recipe.is_file():
         from isthmus.recipe_files import read_yaml
 
-        stored = read_yaml(recipe).get("decode") or {}
-        beam = stored.get("beam_size")  # runs have every default in theirs
-    if beam is not None and options.nbest > beam:
+        beam = (read_yaml(recipe).get("decode") or {}).get("beam_size")  # runs have every default
+    if isinstance(beam, int) and isinstance(nbest, int) and nbest > beam:
         raise IsthmusError(
-            f"--nbest {options.nbest} is more than --beam-size {beam}, the hypotheses that are "
-            f"kept. Add --beam-size {options.nbest}, or ask for fewer."
+            f"--nbest {nbest} is more than --beam-size {beam}, the hypotheses that are "
+            f"kept. Add --beam-size {nbest}, or ask for fewer."
         )
 
 
@@ -332,11 +356,7 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
         from isthmus.decoding.job import Cluster, system, transcribe_corpora
         from isthmus.training.parallel import leading
 
-    chosen = system(
-        options.model,
-        settings=options.decode,
-        **options.system,
-    )
+    chosen = system(options.model, settings=options.decode, **options.system)
     local = options.ray == "local"
     cluster = Cluster(None if local else options.ray) if options.ray else None
     with counting("utterances") as on_utterance:
@@ -358,8 +378,8 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
     raise typer.Exit(3 if report["failed"] else 0)
 
 
-@dataclass(frozen=True)
-class EvaluateOptions:
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(DecodeOptions):
     """What `isthmus evaluate` takes."""
 
     run: Annotated[
@@ -371,15 +391,12 @@ class EvaluateOptions:
         ),
     ]
     data: Annotated[
-        list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
+        list[str],
+        typer.Argument(
+            metavar="DATA…",
+            help="Manifests or folders with transcripts; and settings, as decode.gate=none.",
+        ),
     ]
-    beam_size: Beam = None
-    batch_size: BatchSize = None
-    ctc_weight: CTCWeight = None
-    ears: Ears = None
-    instruction: Instruction = None
-    language: Language = None
-    device: Device = "auto"
     normaliser: Normaliser = "basic"
     output_dir: Annotated[
         Path | None,
@@ -401,9 +418,10 @@ def evaluate(options: EvaluateOptions) -> None:
     from isthmus.speech.utterances import find_corpus
 
     check_device(options.device)
+    corpora, decode = options.parted(options.data)
     local_system(options.run)
     find_normaliser(options.normaliser)
-    for corpus in options.data:
+    for corpus in corpora:
         find_corpus(corpus)
     if options.output_dir is not None:
         check_folder(options.output_dir)
@@ -416,20 +434,16 @@ def evaluate(options: EvaluateOptions) -> None:
         recogniser = load_system(
             options.run,
             ears=options.ears,
-            beam_size=options.beam_size,
-            batch_size=options.batch_size,
-            ctc_weight=options.ctc_weight,
-            instruction=options.instruction,
-            language=options.language,
             device=options.device,
             cached=True,
+            **decode,
         )
     if options.ctc:
         check_ctc(recogniser)
     with counting("utterances") as on_batch:
         result = job(
             recogniser,
-            options.data,
+            corpora,
             normaliser=options.normaliser,
             folder=options.output_dir,
             on_batch=on_batch,
