@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from isthmus.decoding.transcript import Alternative, Segment, Transcript, Word
     from isthmus.errors import IsthmusError, RetryLater
     from isthmus.recipe import Recipe, load_recipe
-    from isthmus.scoring import Comparison, Score, compare, score
     from isthmus.runs.checkpoint import Progress
+    from isthmus.scoring import Comparison, Score, compare, score
     from isthmus.training.runs import Opening, train
 
 __version__ = version("isthmus")
