@@ -75,5 +75,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """The public names too, whether or not they were asked for yet."""
-    return sorted({*globals(), *_HOMES})
+    """The public names, whether or not they were asked for yet."""
+    return sorted(__all__)
