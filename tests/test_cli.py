@@ -191,7 +191,7 @@ def test_warnings_say_that_they_are(tmp_path: Path) -> None:
     """Those of the log, and Python's own, each in one line; what is no warning is as it was."""
     code = (
         "import logging, warnings, isthmus.cli as cli\n"
-        "def app():\n"
+        "def app(**options):\n"
         "    logging.getLogger('isthmus.x').warning('one %d', 1)\n"
         "    logging.getLogger('isthmus.x').info('two')\n"
         "    warnings.warn('three', stacklevel=2)\n"
