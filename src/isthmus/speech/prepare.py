@@ -22,8 +22,10 @@ from isthmus.speech.utterances import (
     Row,
     Utterance,
     UtteranceBuilder,
+    beside,
     expand_path,
     find_corpus,
+    is_there,
 )
 from isthmus.text import raw_lines, text_lines
 
@@ -135,7 +137,7 @@ def _mls_lines(transcripts: Path, language_folder: Path) -> Iterator[Line]:
             continue
         folder = audio / parts[0] / parts[1]
         suffixes = (".flac", ".opus", *sorted(AUDIO_SUFFIXES))
-        suffix = next((s for s in suffixes if (folder / (identifier + s)).is_file()), ".flac")
+        suffix = next((s for s in suffixes if is_there(beside(folder, identifier + s))), ".flac")
         row: Row = {
             "id": identifier,
             "audio": identifier + suffix,
