@@ -60,7 +60,7 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 # torch first and by its pin, so that nothing else chooses another build
 	$(PIP) "torch==$(PIN)" -c constraints.txt
-	$(PIP) -e ".[dev,synth,media]" -c constraints.txt
+	$(PIP) -e ".[dev,synth]" -c constraints.txt
 	@touch $(STAMP)
 
 clean:

@@ -37,13 +37,13 @@ from isthmus.model.llm import LLM
 from isthmus.model.projector import LinearProjector
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe_settings import SpeechTrainSettings
+from isthmus.settings.optimisation import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import Batch, Budget, collate, plan_epoch
-from isthmus.training.data import positions_of
 from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import prepare
+from isthmus.training.speech_task import prepare
+from isthmus.training.training_data import positions_of
 
 MFU_FLOOR, SPEED_FLOOR = 0.45, 2.5
 BASELINE_BATCH = 6  # utterances, as in SLAM-LLM's recipe for LibriSpeech

@@ -23,7 +23,7 @@ def main() -> None:
     paths = dev_sets()
     transcriber = load(run)
     evaluation = evaluate(transcriber, paths)
-    system, ctc = evaluation.scores, ctc_scores(transcriber, evaluation)
+    system, ctc = evaluation.scores, ctc_scores(evaluation)
     real = sum((score.counts for score in list(system.sets.values())[1:]), ErrorCounts())
 
     print("| set | utterances | words | WER % | 95 % | encoder's own CTC, WER % |")

@@ -28,14 +28,25 @@ from torch import Tensor, nn
 from training import Fast, Row, Step, header, report, spread
 from transformers.utils import logging as transformers_logging
 
+from isthmus.build import build_model
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import (
+    CACHE_VARIABLE,
+    feature_cache,
+)
 from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import Batch, transcript
-from isthmus.training.data import feature_cache, speech_data
-from isthmus.training.features import CACHE_VARIABLE
+from isthmus.speech.cuts import (
+    transcript,
+)
+from isthmus.training.batches import (
+    Batch,
+)
 from isthmus.training.loop import fit
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import SpeechTask, place, prepare
+from isthmus.training.speech_task import SpeechTask, place, prepare
+from isthmus.training.training_data import (
+    speech_data,
+)
 
 BATCHES, BATCH_SIZE = 3, 8
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "bmm", "baddbmm")}
@@ -79,7 +90,7 @@ class Plain:
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(0)
-        self.model = recipe.build()
+        self.model = build_model(recipe)
         self.model.llm.store(torch.float32)
         self.model.train()
         self.optimiser = torch.optim.AdamW(self.model.projector.parameters(), lr=1e-4)
@@ -146,7 +157,7 @@ def ways(recipe: Recipe) -> dict[str, list[Step]]:
 def theirs(recipe: Recipe, autocast: torch.dtype | None) -> SlamBaseline:
     """SLAM-LLM's step on float32 weights."""
     torch.manual_seed(0)
-    model = recipe.build()
+    model = build_model(recipe)
     model.encoder.store(torch.float32)
     model.llm.store(torch.float32)
     encoder: Any = model.encoder
@@ -176,7 +187,7 @@ def outside_products(step: Callable[[], float]) -> float:
 def measure_level(recipe: Recipe, folder: Path) -> list[Row]:
     """CPU time of late steps against early ones, in one training by the product's loop."""
     torch.manual_seed(0)
-    model = recipe.build()
+    model = build_model(recipe)
     task = SpeechTask(model, *speech_data(recipe, model), recipe)
     place(model, recipe.train, Ranks())
     task.use_cache(feature_cache(recipe, model))

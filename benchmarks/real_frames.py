@@ -17,9 +17,10 @@ from pathlib import Path
 
 import torch
 
+from isthmus.build import encoder_of
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import FeatureCache, encoder_description
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.training.features import FeatureCache, encoder_description
 
 PARTS = Path(os.environ.get("ISTHMUS_PARTS", "~/.cache/isthmus-parts")).expanduser()
 SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", "../shared/speech")) / "en_librispeech/train.jsonl"
@@ -43,7 +44,7 @@ class Way:
                 "train": {"precision": precision},
             }
         )
-        self.encoder = recipe.build_encoder().eval()
+        self.encoder = encoder_of(recipe).eval()
         about = encoder_description(recipe.encoder, dtype=precision, precision="bfloat16")
         self.cache = FeatureCache(folder / f"{precision}-{pad_to_30s}", about, strict=True)
 

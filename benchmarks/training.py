@@ -40,15 +40,27 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from isthmus.build import build_model
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import (
+    CACHE_VARIABLE,
+    feature_cache,
+)
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import Batch, Group, transcript
-from isthmus.training.data import feature_cache, speech_data
-from isthmus.training.features import CACHE_VARIABLE
+from isthmus.speech.cuts import (
+    transcript,
+)
+from isthmus.training.batches import (
+    Batch,
+    Group,
+)
 from isthmus.training.loop import METRICS, fit
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import SpeechTask, place, prepare
+from isthmus.training.speech_task import SpeechTask, place, prepare
+from isthmus.training.training_data import (
+    speech_data,
+)
 
 # Share of LibriSpeech's training utterances that are shorter, and seconds: 12.3 s in the mean.
 DURATIONS = (
@@ -186,7 +198,7 @@ class Fast:
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(0)
-        self.model = recipe.build()
+        self.model = build_model(recipe)
         self.task = SpeechTask(self.model, *speech_data(recipe, self.model), recipe)
         place(self.model, recipe.train, Ranks())
         self.task.use_cache(feature_cache(recipe, self.model, strict=True))
@@ -224,7 +236,7 @@ class Slow:
 
     def __init__(self, recipe: Recipe):
         torch.manual_seed(0)
-        model = recipe.build()
+        model = build_model(recipe)
         encoder: Any = model.encoder
         self.trainer = SlamBaseline(encoder, model.projector, model.llm, model.prompt)
         self.cuts = speech_data(recipe, model)[0].cuts
@@ -345,7 +357,7 @@ def measure_curve(sizes: Sizes, steps: int, folder: Path) -> list[Row]:
         settings = {"steps": steps, "warmup_steps": 20, "eval_every": steps, "save_every": steps}
         recipe = recipe_of(folder, sizes, cache, packing=packing, **settings)
         torch.manual_seed(0)
-        model = recipe.build()
+        model = build_model(recipe)
         task = SpeechTask(model, *speech_data(recipe, model), recipe)
         task.use_cache(feature_cache(recipe, model))
         prepare(model, recipe.train, Ranks())

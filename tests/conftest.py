@@ -28,18 +28,19 @@ from transformers import (
 )
 
 from isthmus.cli import main
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.encoder import (
+from isthmus.model.conformer import ConformerCTC
+from isthmus.model.encoder import Encoder, build_encoder
+from isthmus.model.llm import CHAT_TEMPLATE, LLM, build_llm, character_tokenizer
+from isthmus.model.spelling import letter_tokenizer
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
+from isthmus.settings.encoders import (
     ConformerSettings,
-    Encoder,
     FBankSettings,
     PairSettings,
     SelfSupervisedSettings,
     WhisperSettings,
 )
-from isthmus.model.features import LogMelSettings
-from isthmus.model.llm import CHAT_TEMPLATE, LLM, LLMSettings, character_tokenizer
-from isthmus.model.spelling import letter_tokenizer
+from isthmus.settings.llms import LLMSettings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks the hub ...
 os.environ.setdefault("ISTHMUS_OFFLINE", "1")  # ... or an index, but those that are about it
@@ -301,7 +302,7 @@ def encoder(encoder_name: str, encoder_settings: Callable[[str], Any]) -> Encode
     """Each encoder in turn, from its folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of Whisper without padding
-        built: Encoder = encoder_settings(encoder_name).build()
+        built: Encoder = build_encoder(encoder_settings(encoder_name))
     return built.eval()
 
 
@@ -316,7 +317,7 @@ def load_llm(model_folder: ModelFolder) -> Callable[..., LLM]:
     """A fresh tiny language model of a name in LLMS, with settings such as `tune`."""
 
     def load(name: str, **values: Any) -> LLM:
-        return LLMSettings(path=str(model_folder(name)), **values).build().eval()
+        return build_llm(LLMSettings(path=str(model_folder(name)), **values)).eval()
 
     return load
 

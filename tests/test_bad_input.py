@@ -16,7 +16,7 @@ import soundfile
 from isthmus.decoding import inputs
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.lab.synthesis import Voice, speak
-from isthmus.training.folder import SHIPPED_RUNS
+from isthmus.runs.folder import SHIPPED_RUNS
 
 av = pytest.importorskip("av")
 pytest.importorskip("espeakng_loader")

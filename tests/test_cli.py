@@ -1,6 +1,7 @@
 """The command line: light to start, one clear error for what is wrong, JSON where it reports."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from isthmus.cli import app
 from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript
 from isthmus.lab.quickstart import quickstart_recipe
-from isthmus.recipe_settings import DecodeSettings
-from isthmus.training.features import Verification
+from isthmus.runs.feature_cache import Verification
+from isthmus.settings.search import DecodeSettings
 from isthmus.training.loop import Interrupted
 
 Isthmus = Callable[..., tuple[int, str, str]]
@@ -38,12 +39,63 @@ def test_help_needs_neither_torch_nor_transformers(arguments: list[str]) -> None
     assert "LOADED set()" in done.stdout
 
 
+def test_the_package_is_the_command_line() -> None:
+    def said(*arguments: str) -> tuple[int, str, str]:
+        command = [sys.executable, "-m", "isthmus", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    code, out, err = said("recipes")
+    assert (code, err) == (0, "")
+    assert "tiny/projector" in out
+    assert said("cp", "tiny/projektor", "x.yaml")[0] == 1  # main's own errors
+    assert "Usage: isthmus" in said("--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "some"),
+    [
+        ("isthmus tra", {"train", "transcribe"}),
+        ("isthmus train tiny/pro", {"tiny/projector"}),
+        ("isthmus cp real/ctc-", {"real/ctc-posterior"}),
+        ("isthmus transcribe a.wav --model ", {"base", "tiny"}),
+        ("isthmus evaluate ti", {"tiny"}),
+        ("isthmus analyse alignment b", {"base"}),
+        ("isthmus train my", set()),  # a file of the reader's own: the shell's affair
+    ],
+)
+def test_shells_complete_names_without_torch(words: str, some: set[str]) -> None:
+    code = (
+        "import os, sys\n"
+        "from isthmus.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'lhotse'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    asked = {
+        "_ISTHMUS_COMPLETE": "complete_bash",
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | asked,
+    )
+    assert set(done.stdout.split()) == some
+    assert done.stderr == "set()\n"
+
+
 BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["train", "tiny/projektor"], "Did you mean"),
-    (["train", "no.yaml"], "not valid YAML"),
+    (["train", "no.yaml"], "no.yaml: line 2, column 7: 'llm: [' is not valid YAML: expected the"),
+    (["train", "tiny/quickstart", "a={b: 1"], "line 1, column 6: '{b: 1' is not valid YAML"),
     (["train", "tiny/projector"], "Make it: isthmus synth"),
     (["cache", "tiny/projector"], "Make it: isthmus synth"),
     (["transcribe", "a.wav", "-f", "srd"], "Did you mean 'srt'"),
+    (["transcribe", "empty", "-f", "srt"], "empty: no recordings in it"),
     (["transcribe", "a/x.wav", "b/x.wav", "-o", "out"], "both be written"),
     (["transcribe", "a.wav", "-o", "no.yaml"], "cannot be written"),
     (["transcribe", "a.wav", "-o", "no.yaml/x"], "no.yaml/x cannot be written: nothing can be"),
@@ -56,6 +108,9 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
     (["transcribe", "a.wav", "-m", "newer"], "written by isthmus 99.0, this is"),
     (["transcribe", "a.wav", "--beam_size", "0"], "--beam-size"),
     (["transcribe", "a.wav", "--gate", "silence"], "--gate"),
+    (["transcribe", "a.wav", "--device", "gpu"], "--device gpu: give auto, cpu"),
+    (["evaluate", "tiny", "a", "--device", "cuda0"], "--device cuda0: give auto, cpu"),
+    (["train", "tiny/projector", "--device", "gpu"], "--device gpu: give auto, cpu"),
     (["evaluate", "newer", "a"], "written by isthmus 99.0, this is"),
     (["evaluate", "tiny", "nowhere"], "no such corpus"),
     (["evaluate", "tiny", ".", "--normaliser", "basik"], "Did you mean 'basic'"),
@@ -72,7 +127,7 @@ BEFORE_TORCH = [  # what is wrong, and a word of what is said
 
 
 def test_what_can_be_known_at_once_is_said_before_torch_is_loaded(tmp_path: Path) -> None:
-    (tmp_path / "no.yaml").write_text("name: [")
+    (tmp_path / "no.yaml").write_text("name: x\nllm: [")
     (tmp_path / "newer").mkdir()
     (tmp_path / "empty").mkdir()
     (tmp_path / "newer/recipe.yaml").write_text("name: newer\n")
@@ -117,6 +172,34 @@ def test_help_cuts_no_name_at_80_columns(
     assert all(len(line) <= 80 for line in out.splitlines())
 
 
+@pytest.mark.parametrize("names", [[], ["analyse"]])
+def test_help_cuts_no_sentence(
+    isthmus: Isthmus, names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    out = isthmus(*names, "--help")[1]
+    commands: dict[str, Any] = getattr(get_command(app), "commands", {})
+    for name in names:
+        commands = commands[name].commands
+    for command in commands.values():
+        assert "".join(command.help.split()) in "".join(out.split())
+
+
+def test_warnings_say_that_they_are(tmp_path: Path) -> None:
+    """Those of the log, and Python's own, each in one line; what is no warning is as it was."""
+    code = (
+        "import logging, warnings, isthmus.cli as cli\n"
+        "def app():\n"
+        "    logging.getLogger('isthmus.x').warning('one %d', 1)\n"
+        "    logging.getLogger('isthmus.x').info('two')\n"
+        "    warnings.warn('three', stacklevel=2)\n"
+        "cli.app = app\n"
+        "cli.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["warning: one 1", "two", "warning: three"]
+
+
 def test_options_may_have_underscores_as_whispers_have(isthmus: Isthmus) -> None:
     for given in ("--output_format", "--output-format"):
         assert "Unknown output format" in isthmus("transcribe", "a.wav", given, "x")[2]
@@ -127,7 +210,14 @@ def test_recipes_can_be_listed_and_copied_but_not_over_a_file(
 ) -> None:
     code, out, _ = isthmus("recipes", "--json")
     assert code == 0
-    assert "tiny/projector" in json.loads(out)
+    shown = json.loads(out)
+    assert shown["tiny/llama-chat-start"] == (
+        "First steps of the tiny chat model: spelling and made-up words, which cannot be guessed, "
+        "so that it learns to look and copy."
+    )
+    assert all(line.endswith(".") and ".." not in line for line in shown.values())
+    assert not any(re.search(r"\b(Run|Source|Expect|Ours):", line) for line in shown.values())
+    assert all(line in isthmus("recipes")[1] for line in shown.values())
     copy = tmp_path / "my.yaml"
     assert isthmus("cp", "tiny/projector", copy)[0] == 0
     assert "isthmus train" in copy.read_text()
@@ -339,6 +429,16 @@ def test_quickstart_folder_may_have_any_name(name: str) -> None:
     assert quickstart_recipe(folder).data.train == (str(folder / "speech/train"),)
 
 
+def test_silence_is_said_in_one_line_and_is_no_fault(isthmus: Isthmus, tmp_path: Path) -> None:
+    file = tmp_path / "hush.wav"
+    soundfile.write(file, np.zeros(32000), 16000)
+    said = f"{file}: no speech was found in it.\n"
+    assert isthmus("transcribe", file, "-m", "tiny") == (0, "\n", said)
+    code, out, err = isthmus("transcribe", file, "-m", "tiny", "--json")
+    assert (code, err) == (0, said)
+    assert json.loads(out)["files"][0]["finish_reason"] == "no_speech"
+
+
 def test_files_that_are_written_are_named_but_not_with_json(
     isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -350,8 +450,13 @@ def test_files_that_are_written_are_named_but_not_with_json(
 
     monkeypatch.setattr("isthmus.decoding.systems.load_system", lambda *a, **b: Transcriber())
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "talks/in").mkdir(parents=True)
     soundfile.write("a.wav", np.zeros(16000), 16000)
     assert isthmus("transcribe", "a.wav", "-f", "txt") == (0, "", "a.txt\n")
     assert (tmp_path / "a.txt").read_text() == "one\n"
     assert isthmus("transcribe", "a.wav", "-f", "txt", "--json")[2] == ""
     assert isthmus("transcribe", "a.wav") == (0, "one\n", "")
+    soundfile.write("talks/in/b.wav", np.zeros(16000), 16000)
+    assert isthmus("transcribe", "talks", "-f", "srt") == (0, "", "talks/in/b.srt\n")
+    assert "00:00:01,000\none" in (tmp_path / "talks/in/b.srt").read_text()
+    assert isthmus("transcribe", "talks", "-f", "vtt", "-o", "out") == (0, "", "out/in/b.vtt\n")

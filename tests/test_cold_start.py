@@ -28,7 +28,7 @@ UNUSED = (
     "isthmus.scoring",
     "isthmus.speech.corpora",
     "isthmus.training.batches",
-    "isthmus.training.features",
+    "isthmus.runs.feature_cache",
     "isthmus.training.loop",
     "isthmus.training.runs",
 )
@@ -132,8 +132,8 @@ assert "torch._dynamo.eval_frame" not in sys.modules, "nothing was postponed"
         "assert held.WhisperConfig is WhisperConfig is transformers.models.WhisperConfig\n"
         "assert held.LlamaForCausalLM is LlamaForCausalLM",
         # adapters: peft looks for spread tensors without importing them
-        "from isthmus.model.llm import LLMSettings\n"
-        "LLMSettings(path='isthmus/tiny-llama', tune='lora').build()",
+        "from isthmus.model.llm import LLMSettings, build_llm\n"
+        "build_llm(LLMSettings(path='isthmus/tiny-llama', tune='lora'))",
         # what is nowhere
         "import torch._dynamo as compiler, transformers.models as models\n"
         "assert not hasattr(compiler, 'nothing') and not hasattr(models, 'nothing')",

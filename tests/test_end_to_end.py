@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from isthmus.errors import IsthmusError
 from isthmus.files import verify_folder
 from isthmus.recipe import load_recipe
+from isthmus.runs.loading import load_run
 from isthmus.training import loop
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import train
 
 TEXTS = ("go left", "stop", "one two", "yes")

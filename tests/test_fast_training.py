@@ -11,10 +11,12 @@ import pytest
 import soundfile
 import torch
 
+from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
-from isthmus.training import features, runs
+from isthmus.runs import feature_cache
+from isthmus.training import runs
 from isthmus.training.loop import METRICS
 from isthmus.training.runs import Opening, train
 
@@ -171,7 +173,7 @@ def test_a_disk_without_room_for_the_cache_does_not_end_training(
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(features._Writer, "append", full)
+    monkeypatch.setattr(feature_cache._Writer, "append", full)
     with caplog.at_level(logging.WARNING):
         found = curve(make(data={"feature_cache": "float32"}), tmp_path / "other")
     assert found == expected
@@ -192,7 +194,7 @@ def test_a_budget_of_positions_is_kept_and_no_utterance_lost(
     make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = make(train={"max_tokens": 220, "packing": True})
-    model = recipe.build()
+    model = build_model(recipe)
     data, _ = runs.speech_data(recipe, model)
     assert data.positions is not None
     for epoch in range(3):
@@ -210,7 +212,7 @@ def test_frozen_weights_are_held_in_half_precision(
     make: Callable[..., Recipe], tmp_path: Path
 ) -> None:
     recipe = make(train={"precision": "bfloat16", "packing": True})
-    model = recipe.build()
+    model = build_model(recipe)
     dtypes = {name: {v.dtype for v in part.parameters()} for name, part in model.named_children()}
     half, full = {torch.bfloat16}, {torch.float32}
     assert dtypes == {"encoder": half, "projector": full, "llm": half}
@@ -218,7 +220,7 @@ def test_frozen_weights_are_held_in_half_precision(
     found = curve(recipe, tmp_path / "half")
     np.testing.assert_allclose(found, expected, rtol=0.05)
     stated = make(train={"precision": "bfloat16"}, llm={"dtype": "float32"})
-    assert stated.build().llm.dtype == torch.float32
+    assert build_model(stated).llm.dtype == torch.float32
 
 
 def test_a_quantised_model_still_learns(make: Callable[..., Recipe], tmp_path: Path) -> None:
@@ -226,7 +228,7 @@ def test_a_quantised_model_still_learns(make: Callable[..., Recipe], tmp_path: P
     found = curve(make(llm={"quantise": "int8"}, train={"packing": True}), tmp_path / "int8")
     np.testing.assert_allclose(found, expected, rtol=0.05)
     with pytest.raises(IsthmusError, match="takes frozen weights"):
-        make(llm={"quantise": "int8", "tune": "full"}).build()
+        build_model(make(llm={"quantise": "int8", "tune": "full"}))
 
 
 def test_a_recording_that_breaks_during_training_is_counted_and_left_out(

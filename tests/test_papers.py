@@ -14,7 +14,8 @@ import soundfile
 import torch
 import yaml
 
-from isthmus.model.parts import on_meta
+from isthmus.build import build_model
+from isthmus.model.presets import on_meta
 from isthmus.model.units import Units
 from isthmus.recipe import CTCRecipe, checked_settings, load_recipe
 from isthmus.recipe_files import read_recipe, shipped_recipes
@@ -75,7 +76,7 @@ def test_a_system_is_built_at_its_true_size(name: str, tmp_path: Path) -> None:
     changes = ["encoder.path=conformer:18"] if values["encoder"]["type"] == "conformer" else []
     changes += [f"projector.path={units}"] if values["projector"]["type"] == "units" else []
     with on_meta():
-        model = load_recipe(name, changes).build()
+        model = build_model(load_recipe(name, changes))
     sizes = {n: sum(p.numel() for p in part.parameters()) for n, part in model.named_children()}
     assert sizes["encoder"] > 9e7
     assert sizes["llm"] > 1e9

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForCTC
 
+from isthmus.build import build_model
 from isthmus.decoding.transcriber import load
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
+from isthmus.runs.feature_cache import (
+    feature_cache,
+)
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.data import feature_cache
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import arithmetic
 from isthmus.training.runs import cache_features, train
+from isthmus.training.speech_task import arithmetic
 
 Make = Callable[..., Recipe]
 CLASSES = {"whisper": AutoModel, "parakeet": AutoModelForCTC, "llama": AutoModelForCausalLM}
@@ -85,7 +88,7 @@ def test_every_part_is_held_in_it(
     encoders = [{}, {"tune": "full"}, {"type": "conformer", "path": stored("parakeet")}]
     for encoder, llm in itertools.product(encoders, ({}, lora, {"tune": "full"})):
         recipe = make(precision, encoder, **llm)
-        model = recipe.build()
+        model = build_model(recipe)
         for part in (model.encoder, model.llm, model.projector):
             assert dtypes(part, trained=False) <= {said}
             assert dtypes(part, trained=True) <= {torch.float32}
@@ -125,7 +128,7 @@ def test_frames_are_the_same_whoever_computes_them(
                 train(recipe, run)
         else:
             load(run, cached=True, gate="none").transcribe(list(read_corpus(corpus)))
-        cache = feature_cache(recipe, recipe.build())
+        cache = feature_cache(recipe, build_model(recipe))
         assert cache is not None
         assert cache.verify().sound == 3
         found.append([cache.get(cache.key(cut)) for cut in read_corpus(corpus)])

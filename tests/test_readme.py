@@ -35,10 +35,11 @@ from isthmus.decoding.transcript import (
 from isthmus.errors import IsthmusError
 from isthmus.lab.sweep import Sweep
 from isthmus.model.llm import character_tokenizer
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import tokenise
 from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe, load_recipe
 from isthmus.recipe_files import parse_yaml, shipped_recipes
-from isthmus.scoring import score_sets
+from isthmus.scoring import compare, score_sets
 from isthmus.scoring.normalise import NORMALISERS
 from isthmus.speech.audio import AudioCode
 from isthmus.speech.corpora import read_corpus
@@ -103,6 +104,8 @@ def check_command(line: str, recipe: Path) -> None:
     program, *words = shlex.split(line, comments=True)
     if ">" in words:
         words = words[: words.index(">")]
+    if program == "python" and words[:2] == ["-m", "isthmus"]:
+        program, words = "isthmus", words[2:] or ["--help"]
     if program == "isthmus":
         check_isthmus(words, recipe)
     elif program == "make":
@@ -344,6 +347,7 @@ def test_every_field_is_explained(tmp_path: Path) -> None:
     actual = {"file", "files", "error", "ctc", *found, *found["segments"][0]}
     actual |= {key for part in ("words", "alternatives") for key in found["segments"][0][part][0]}
     actual |= evaluation.to_dict().keys() | json.loads(written.read_text()).keys()
+    actual |= {"a", "b", *compare(written, written, resamples=9).to_dict()}
     stated = {
         name
         for page in ("decoding.md", "scoring.md")
@@ -385,10 +389,10 @@ def adapter() -> TypeAdapter[Any]:
 
 def test_the_worked_projector_keeps_the_contract() -> None:
     assert adapter().validate_python({"type": "linear", "hidden": 8}).type == "linear"
-    projector = (
-        adapter()
-        .validate_python({"type": "mean", "downsample_rate": 4})
-        .build(SimpleNamespace(dim=3), SimpleNamespace(dim=5))
+    projector = build_projector(
+        adapter().validate_python({"type": "mean", "downsample_rate": 4}),
+        SimpleNamespace(dim=3),
+        SimpleNamespace(dim=5),
     )
     frames = torch.randn(3, 11, 3)
     lengths = torch.tensor([11, 7, 3])

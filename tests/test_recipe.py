@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture
 from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe, dump_recipe, load_recipe
 from isthmus.recipe_files import as_override, find_recipe, parse_yaml, shipped_recipes
+from isthmus.settings.conformers import ConformerArchitecture
 
 MINIMAL = """
 name: debug
@@ -243,9 +243,14 @@ def test_unknown_recipe_suggests_the_nearest() -> None:
 
 def test_not_yaml_and_no_settings(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
-    path.write_text("a: [1")
-    with pytest.raises(IsthmusError, match="not valid YAML"):
-        load_recipe(path)
+    for text, where in (
+        ("a: [1", r"line 1, column 6: 'a: \[1' is not valid YAML: expected"),
+        ("a: 1\nb:\n\tc: 1\n", r"line 3, column 1: 'c: 1' is not valid YAML: found character"),
+        ("a: \x01", r"'a: \\x01' is not valid YAML: .*special characters"),
+    ):
+        path.write_text(text)
+        with pytest.raises(IsthmusError, match=where):
+            load_recipe(path)
     path.write_text("- 1")
     with pytest.raises(IsthmusError, match="no settings"):
         load_recipe(path)

@@ -10,16 +10,20 @@ import numpy as np
 import pytest
 import torch
 
+from isthmus.build import build_model
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.files import verify_folder
 from isthmus.lab.synthesis import Voice, speak, synthesise_corpus
 from isthmus.model.fetch import SYSTEMS
-from isthmus.model.parts import ASSETS, SHIPPED, resolve, source
+from isthmus.model.parts import resolve, source, sources
 from isthmus.recipe import Recipe, load_recipe
+from isthmus.runs.folder import BEST, SHIPPED_RUNS
+from isthmus.runs.loading import load_run
+from isthmus.settings.base import ASSETS, SHIPPED
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import BEST, SHIPPED_RUNS
-from isthmus.training.run_loading import load_run
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.runs import train
 
 SPEECH = Path(os.environ.get("ISTHMUS_SPEECH", Path(__file__).parents[2] / "shared/speech"))
@@ -70,7 +74,7 @@ def test_base_reads_with_its_parts(parts: Path) -> None:
     if not all((parts / name).is_dir() for name in SYSTEMS["base"]):
         pytest.skip(f"{parts} has not all parts of base")
     model, recipe = load_run(SHIPPED_RUNS["base"])
-    named = [recipe.encoder.sources()[""].name, recipe.llm.path]
+    named = [sources(recipe.encoder)[""].name, recipe.llm.path]
     assert named == [f"isthmus/{name}" for name in SYSTEMS["base"]]
     assert all(value.dtype == torch.float32 for value in model.trained_state().values())
 
@@ -160,7 +164,7 @@ def test_frozen_parts_are_in_no_checkpoint_and_unchanged_by_training(
     speech: Path, tmp_path: Path
 ) -> None:
     recipe = quick(speech, "train.steps=2")
-    before = recipe.build().state_dict()
+    before = build_model(recipe).state_dict()
     train(recipe, tmp_path / "run")
     model, _ = load_run(tmp_path / "run")
     for name, value in model.state_dict().items():

@@ -16,9 +16,9 @@ from isthmus import files
 from isthmus.errors import IsthmusError
 from isthmus.model.weights import sha256
 from isthmus.recipe import Recipe
-from isthmus.training.folder import PARTS
+from isthmus.runs.folder import PARTS
+from isthmus.runs.loading import load_run
 from isthmus.training.loop import METRICS
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import train
 from tests.layouts import dequantised, write_gguf, write_layout
 

@@ -4,9 +4,11 @@
     python recipes/real/corpus.py SENTENCES.txt $ISTHMUS_SPOKEN
 
 SENTENCES has one a line. Left out are those that share six words in a row with a text of the dev
-and test manifests in $ISTHMUS_SPEECH, and those with digits. The one voice becomes many: it is
-played at other speeds, in rooms, through bands and under noise. Whisper takes 30 s however short an
-utterance is, so utterances of one speaker are joined to about as much: OUT/spoken and OUT/joined.
+and test manifests in $ISTHMUS_SPEECH, and those with digits. One voice becomes many: it is played
+at other speeds, in rooms, through bands and under noise; so is, three times, the real speech. The
+voices of espeak-ng (extra `synth`) say some of the sentences, and some of isthmus' own. Whisper
+takes 30 s however short an utterance is, so utterances of one speaker are joined to about as much:
+OUT/spoken, OUT/espeak, OUT/joined, and OUT/others-1 to -3, real speech as other speakers.
 """
 
 import argparse
@@ -23,6 +25,8 @@ import numpy as np
 import soundfile
 import soxr
 
+from isthmus.lab import synthesis
+from isthmus.lab.sentences import sentence
 from isthmus.scoring.normalise import lower
 from isthmus.speech.audio import SAMPLE_RATE, load_audio
 from isthmus.speech.augment import Augmentation
@@ -31,6 +35,8 @@ Line = dict[str, Any]
 SHARED_WORDS = 6
 LONGEST = 29.0  # seconds
 PAUSE = (0.05, 0.5)  # seconds between utterances that are joined
+ESPEAK_SENTENCES, OWN_SENTENCES = 1100, 1500  # that the voices of espeak-ng say
+OTHERS = 3  # how often real speech is spoken by others
 VOICES = Augmentation.model_validate(
     {
         "speed": {"factors": [0.8, 1.25]},
@@ -105,6 +111,19 @@ def write(folder: Path, groups: Iterable[list[Line]], rng: np.random.Generator) 
             manifest.write(json.dumps(line) + "\n")
 
 
+def written(
+    samples: np.ndarray,
+    line: Line,
+    audio: Path,
+    rng: np.random.Generator,
+    change: Augmentation | None = VOICES,
+) -> Line:
+    """Speech at 16 kHz, as another speaker's unless `change` is None, in the file `audio`."""
+    samples = change(samples, rng) if change else samples
+    soundfile.write(audio, samples, SAMPLE_RATE)
+    return line | {"audio": audio, "duration": len(samples) / SAMPLE_RATE}
+
+
 def speak(sentences: Sequence[str], folder: Path, rng: np.random.Generator) -> list[Line]:
     """Each sentence by one voice made another: their lines."""
     from hibari import Hibari
@@ -112,20 +131,50 @@ def speak(sentences: Sequence[str], folder: Path, rng: np.random.Generator) -> l
     voice = Hibari(threads=1)
     folder.mkdir(parents=True)
     found = []
-    for number, sentence in enumerate(sentences):
-        spoken = np.asarray(voice(sentence, seed=int(rng.integers(2**31))), np.float32)
-        samples = VOICES(soxr.resample(spoken, 24_000, SAMPLE_RATE), rng)
-        audio = folder / f"{number:06d}.flac"
-        soundfile.write(audio, samples, SAMPLE_RATE)
-        line = {"audio": audio, "duration": len(samples) / SAMPLE_RATE}
-        found.append(line | {"text": lower(sentence), "speaker": "hibari"})
+    for number, text in enumerate(sentences):
+        spoken = np.asarray(voice(text, seed=int(rng.integers(2**31))), np.float32)
+        line = {"text": lower(text), "speaker": "hibari"}
+        samples = soxr.resample(spoken, 24_000, SAMPLE_RATE)
+        found.append(written(samples, line, folder / f"{number:06d}.flac", rng))
     return [line for line in found if line["duration"] < LONGEST]
+
+
+def speak_by_espeak(
+    sentences: Sequence[str], held_out: Iterable[str], folder: Path, rng: np.random.Generator
+) -> list[Line]:
+    """The sentences and some more of orders and the like by random voices, half of them changed."""
+    taken = set().union(*(runs(lower(text)) for text in held_out))
+    own = (lower(sentence(rng)) for _ in range(OWN_SENTENCES))
+    texts = [*map(lower, sentences), *(text for text in own if not runs(text) & taken)]
+    folder.mkdir(parents=True)
+    found = []
+    for number, index in enumerate(rng.permutation(len(texts))):
+        samples, _ = synthesis.speak(texts[index], synthesis.random_voice(rng))
+        line = {"text": texts[index], "speaker": "espeak"}
+        change = VOICES if rng.random() < 0.5 else None
+        found.append(written(samples, line, folder / f"{number:06d}.flac", rng, change))
+    return [line for line in found if line["duration"] < LONGEST]
+
+
+def as_other(line: Line, folder: Path, rng: np.random.Generator) -> Line:
+    """A line of real speech as another speaker's."""
+    audio = folder / line["audio"].parent.parent.name / line["audio"].with_suffix(".flac").name
+    audio.parent.mkdir(parents=True, exist_ok=True)
+    return written(load_audio(line["audio"]), line, audio, rng)
+
+
+def groups(speakers: Iterable[list[Line]], rng: np.random.Generator) -> Iterator[list[Line]]:
+    """Each speaker's utterances in another order, joined."""
+    for own in speakers:
+        short = [own[i] for i in rng.permutation(len(own)) if own[i]["duration"] < LONGEST]
+        yield from joined(short, rng)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("sentences", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--most", type=int, help="sentences that are spoken, all without")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     speech = Path(os.environ.get("ISTHMUS_SPEECH", "../shared/speech"))
@@ -134,17 +183,24 @@ def main() -> None:
     held = [path for path in speech.glob("*/*.jsonl") if path.name != "train.jsonl"]
     texts = [line["text"] for line in itertools.chain.from_iterable(map(lines, held))]
     sentences = usable(arguments.sentences.read_text(encoding="utf-8").splitlines(), texts)
-    order = [sentences[index] for index in rng.permutation(len(sentences))]
+    order = [sentences[index] for index in rng.permutation(len(sentences))[: arguments.most]]
     spoken = speak(order, arguments.out / "sentences", rng)
     write(arguments.out / "spoken", joined(spoken, rng), rng)
+
+    few = [sentences[index] for index in rng.permutation(len(sentences))[:ESPEAK_SENTENCES]]
+    synthetic = speak_by_espeak(few, texts, arguments.out / "synthetic", rng)
+    write(arguments.out / "espeak", joined(synthetic, rng), rng)
 
     speakers: dict[str, list[Line]] = defaultdict(list)
     for folder in FOLDERS:
         for line in lines(speech / folder / "train.jsonl"):
             speakers[f"{folder} {line['speaker']}"].append(line)
-    shuffled = ([own[i] for i in rng.permutation(len(own))] for own in speakers.values())
-    groups = (group for own in shuffled for group in joined(own, rng))
-    write(arguments.out / "joined", groups, rng)
+    real = list(speakers.values())
+    write(arguments.out / "joined", groups(real, rng), rng)
+    for number in range(1, OTHERS + 1):
+        heard = arguments.out / f"heard-{number}"
+        changed = [[as_other(line, heard, rng) for line in own] for own in real]
+        write(arguments.out / f"others-{number}", groups(changed, rng), rng)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,21 @@
 
 import logging
 import sys
+import warnings
 from importlib.metadata import version as installed_version
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from isthmus.errors import IsthmusError
-from isthmus.options import with_hyphens
+from isthmus.options import WholeSummaries, with_hyphens
 from isthmus.verbs import analysis, data, decoding, parts, training
 
 app = typer.Typer(
     name="isthmus",
+    cls=WholeSummaries,
     help="Speech recognition with language models: encoder, projector, LLM.",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,  # its tables cut the names of options on narrow terminals
     pretty_exceptions_enable=False,
     context_settings={
@@ -36,12 +37,27 @@ def main_options(
         raise typer.Exit
 
 
+class _Lines(logging.Formatter):
+    """What is logged, and before warnings that they are."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        return f"warning: {line}" if record.levelno >= logging.WARNING else line
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    logging.getLogger("isthmus").warning("%s", message)
+
+
 def main() -> None:
     """Entry point: faults of input are one line on standard error, not a traceback."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    lines = logging.StreamHandler()
+    lines.setFormatter(_Lines())
+    logging.basicConfig(level=logging.WARNING, handlers=[lines])
     logging.getLogger("isthmus").setLevel(logging.INFO)
+    warnings.showwarning = _show_warning
     try:
-        app()
+        app(prog_name="isthmus")  # of `python -m isthmus` too, whose completion is the same
     except (IsthmusError, ModuleNotFoundError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code if isinstance(error, IsthmusError) else 1)

@@ -276,6 +276,20 @@ def print_scores(report: dict[str, Any], own: Mapping[str, Any] | None = None) -
                 Console().print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_comparison(report: dict[str, Any]) -> None:
+    """A table of two systems' error rates: each set, and all where there are several."""
+    titles = ("set", "WER % a", "WER % b", "a - b", "95 %", "p", "wins", "losses", "ties")
+    rows = []
+    for name, one in _rows(report):
+        low, high = (f"{100 * value:+.2f}" for value in one["difference_interval"])
+        counts = [str(one[key]) for key in ("wins", "losses", "ties")]
+        difference = f"{100 * one['difference']:+.2f}"
+        rates = [_percent(one["wer_a"]), _percent(one["wer_b"]), difference, f"{low} to {high}"]
+        rows.append([name, *rates, f"{one['p_value']:.2g}", *counts])
+    print_table(titles, rows)
+    Console().print(f"normaliser: {report['normaliser']}", highlight=False)
+
+
 def _rows(report: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     """The scores of each set, and of all where there are several."""
     rows = list(report["sets"].items())

@@ -1,11 +1,12 @@
 """Commands whose options are the fields of a dataclass: one object, not twenty parameters."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, fields
 from typing import Any, TypeVar, get_type_hints
 
 import typer
+from typer.core import TyperGroup
 
 Options = TypeVar("Options")
 
@@ -38,6 +39,15 @@ def takes(kind: type[Options]) -> Callable[[Callable[[Options], None]], Callable
     return decorate
 
 
+class WholeSummaries(TyperGroup):
+    """Commands, listed with all that they say of themselves."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        for command in self.commands.values():
+            command.short_help = (command.help or "").partition("\n\n")[0]
+        super().format_commands(ctx, formatter)
+
+
 def limit(flag: str, text: str) -> Any:
     """An option of a positive number."""
     return typer.Option(f"--{flag}", min=1, help=text)
@@ -46,6 +56,15 @@ def limit(flag: str, text: str) -> Any:
 def switch(flag: str, text: str) -> Any:
     """An option that is on or off, and off unless given."""
     return typer.Option(f"--{flag}/--no-{flag}", help=text, show_default=False)
+
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """Completion of an argument that is one of `names`; where none begins so, shells try files."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
 
 
 def with_hyphens(name: str) -> str:

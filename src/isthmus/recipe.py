@@ -1,7 +1,7 @@
 """The experiment as one typed, frozen object: YAML in, resolved YAML out.
 
-Each part's settings stand beside the part and build it; plain ones (data, training, decoding) stand
-in isthmus.recipe_settings.
+Nothing here loads torch: what a recipe says is known, and refused, at once. The model of one is
+made by isthmus.build.
 """
 
 import difflib
@@ -10,40 +10,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, get_args, overload
 
-import torch
 import yaml
 from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
-from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.encoder import ConformerSettings, Encoder, EncoderSettings
-from isthmus.model.features import LogMelSettings
-from isthmus.model.llm import (
-    CHAT_TEMPLATE,
-    LLM,
-    LLMArchitecture,
-    LLMSettings,
-    character_tokenizer,
-)
-from isthmus.model.parts import SHIPPED, PartSettings, Source, Tune, freeze, resolve, source
-from isthmus.model.projector import LinearProjectorSettings, Projector, ProjectorSettings
 from isthmus.model.prompt import PaperPrompt, PromptSettings
-from isthmus.model.qformer import QFormerSettings
-from isthmus.model.quantise import quantise
-from isthmus.model.speech_llm import SpeechLLM
-from isthmus.model.spelling import LETTERS, LetterUnits, UnitSettings
-from isthmus.model.token_ctc import TokenCTC
 from isthmus.recipe_files import read_recipe
-from isthmus.recipe_settings import (
-    CTCDataSettings,
-    DecodeSettings,
-    LoopSettings,
-    Precision,
-    SpeechDataSettings,
-    SpeechTrainSettings,
-    TrainSettings,
-)
+from isthmus.settings.base import ASSETS, SHIPPED, PartSettings, Precision, Tune
+from isthmus.settings.conformers import LETTERS, ConformerArchitecture, LogMelSettings, UnitSettings
+from isthmus.settings.datasets import CTCDataSettings, SpeechDataSettings
+from isthmus.settings.encoders import ConformerSettings, EncoderSettings
+from isthmus.settings.llms import LLMArchitecture, LLMSettings
+from isthmus.settings.optimisation import LoopSettings, SpeechTrainSettings, TrainSettings
+from isthmus.settings.projectors import LinearProjectorSettings, ProjectorSettings, QFormerSettings
+from isthmus.settings.search import DecodeSettings
 
 TAGS = ("type", "template")  # settings that say which of several parts it is
 
@@ -119,46 +99,6 @@ class Recipe(Experiment):
             )
         return self
 
-    def build(self) -> SpeechLLM:
-        """The model: pretrained parts loaded, the projector random (torch's generator)."""
-        encoder = self.build_encoder()
-        self.projector.check(encoder, self.encoder)
-        llm = self.build_llm()
-        model = SpeechLLM(
-            encoder,
-            self.build_projector(encoder, llm),
-            llm,
-            self.prompt,
-            {"encoder": self.encoder.tune, "llm": self.llm.tune},
-        )
-        encoder.spec_augment = self.data.spec_augment
-        return model
-
-    def build_encoder(self) -> Encoder:
-        """The encoder alone, its weights as training holds them."""
-        encoder = self.encoder.build()
-        encoder.store(getattr(torch, self.weight_precision(self.encoder.tune)))
-        return encoder
-
-    def build_projector(self, encoder: Encoder, llm: LLM) -> Projector:
-        """The projector between the two, random, with the CTC head that is trained beside it."""
-        projector = self.projector.build(encoder, llm)
-        if self.train.ctc_weight and projector.ctc is None:
-            projector.ctc = TokenCTC(llm)
-        return projector
-
-    def build_llm(self) -> LLM:
-        """The language model alone, its weights as training holds them."""
-        settings = self.llm
-        if settings.dtype == "auto":
-            settings = settings.model_copy(update={"dtype": self.weight_precision(settings.tune)})
-        llm = settings.build()
-        if self.llm.tune == "frozen":
-            freeze(llm)
-        if self.llm.quantise != "none":
-            quantise(llm.network, self.llm.quantise)
-        return llm
-
     def weight_precision(self, tune: Tune) -> Precision:
         """What the weights of a part are held in, whatever its files have.
 
@@ -196,9 +136,6 @@ class Pretraining(Experiment):
             raise ValueError(f"start_from brings its own {', '.join(given)}: leave out one or both")
         return values
 
-    def sources(self) -> dict[str, Source]:
-        return {"start_from": source(self.start_from)} if self.start_from else {}
-
 
 class CTCRecipe(Pretraining):
     """Pretraining of a Conformer encoder with CTC."""
@@ -225,19 +162,6 @@ class CTCRecipe(Pretraining):
             raise ValueError("letters and units are two ways to say the same: give one of them")
         return self
 
-    def build(self, units: PreTrainedTokenizerFast | None = None) -> ConformerCTC:
-        """The model of `start_from`, or one with random weights (torch's generator).
-
-        `units`: those learnt for `self.units`.
-        """
-        if self.start_from:
-            return ConformerCTC.load(resolve(self.start_from)).float()
-        assert self.architecture is not None
-        assert self.front_end is not None
-        if units is None:
-            units = (self.units or LetterUnits(letters=self.letters or LETTERS)).tokenizer([])
-        return ConformerCTC.initial(self.architecture, units, self.front_end)
-
 
 class LanguageRecipe(Pretraining):
     """Training of a small language model on text made on the spot."""
@@ -257,16 +181,6 @@ class LanguageRecipe(Pretraining):
     """Chat: greatest share of letters that are misheard in an utterance to be repeated."""
     embedding_noise: float = Field(0.0, ge=0)
     """NEFTune's alpha."""
-
-    def build(self) -> LLM:
-        """The model of `start_from`, or one with random weights (torch's generator)."""
-        if self.start_from is None:
-            assert self.architecture is not None
-            return self.architecture.build(character_tokenizer(self.chat))
-        llm = LLMSettings(path=self.start_from, dtype="float32").build()
-        if self.chat:
-            llm.tokenizer.chat_template = CHAT_TEMPLATE
-        return llm
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)
@@ -347,7 +261,8 @@ def dump_recipe(recipe: Experiment) -> str:
     for part, key in named_models(values):
         part[key] = _absolute(part[key])
     if isinstance(recipe, Recipe):
-        values["start_from"] = [_absolute(run) for run in recipe.start_from]
+        shipped = {weights.parent.name for weights in ASSETS.glob("*/best")}  # whatever lies here
+        values["start_from"] = [r if r in shipped else _absolute(r) for r in recipe.start_from]
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
 
 

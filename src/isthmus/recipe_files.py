@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from isthmus.errors import IsthmusError, suggest
+from isthmus.errors import IsthmusError, one_line, suggest
 
 
 class _Loader(yaml.SafeLoader):
@@ -27,12 +27,26 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Raises IsthmusError for what is not YAML."""
+    """Raises IsthmusError, with line and column, for what is not YAML."""
     try:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
-        where = " ".join(str(error).split())
-        raise IsthmusError(f"{text[:60]!r} is not valid YAML: {where}.") from error
+        mark = getattr(error, "problem_mark", None)  # a character that none may write has none
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        line = text.splitlines()[mark.line : mark.line + 1] if mark else []
+        reason = getattr(error, "problem", None) or one_line(error)
+        shown = "".join(line).strip()[:60] or text[-60:]
+        raise IsthmusError(f"{where}{shown!r} is not valid YAML: {reason}.") from error
+
+
+def read_yaml(file: Path) -> Any:
+    """Raises IsthmusError, with the file, for what is no text and no YAML."""
+    try:
+        return parse_yaml(file.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise IsthmusError(f"{file}: not UTF-8 text ({error}). Name a recipe.") from error
+    except IsthmusError as error:
+        raise IsthmusError(f"{file}: {error}") from error
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, dict[str, Any]]:
@@ -41,12 +55,7 @@ def read_recipe(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Path, 
     Raises IsthmusError for what is no such file, no YAML, no settings or no override.
     """
     file = find_recipe(str(path))
-    try:
-        values = parse_yaml(file.read_text(encoding="utf-8")) or {}
-    except UnicodeDecodeError as error:
-        raise IsthmusError(f"{file}: not UTF-8 text ({error}). Name a recipe.") from error
-    except IsthmusError as error:
-        raise IsthmusError(f"{file}: {error}") from error
+    values = read_yaml(file) or {}
     if not isinstance(values, dict):
         raise IsthmusError(f"{file} holds no settings (key: value lines).")
     for override in overrides:
@@ -114,7 +123,7 @@ def sweep_titles() -> dict[str, dict[str, Any]]:
     """Title, source and scales of each shipped sweep."""
     found = {}
     for name, file in shipped_sweeps().items():
-        sweep = parse_yaml(file.read_text(encoding="utf-8"))
+        sweep = read_yaml(file)
         found[name] = {name: sweep[name] for name in ("title", "source")}
         found[name]["scales"] = list(sweep["scales"])
     return found

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
+from isthmus.model.llm import LLM, character_tokenizer, new_llm
+from isthmus.settings.llms import LLMArchitecture
 
 
 @pytest.fixture(scope="package")
@@ -13,4 +14,4 @@ def llm() -> LLM:
     sizes = LLMArchitecture(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
-    return sizes.build(character_tokenizer()).eval()
+    return new_llm(sizes, character_tokenizer()).eval()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from isthmus.build import build_model
 from isthmus.decoding.asking import prompt_for, prompts_to_ask, tokens_beyond
 from isthmus.decoding.transcriber import Transcriber
 from isthmus.errors import IsthmusError
@@ -35,7 +36,7 @@ def build(model_folder: Callable[[str], Path]) -> Build:
             }
         )
         torch.manual_seed(0)
-        return Transcriber(recipe.build(), recipe.decode)
+        return Transcriber(build_model(recipe), recipe.decode)
 
     return transcriber
 

@@ -13,7 +13,8 @@ from isthmus.decoding import beam, steps
 from isthmus.decoding.beam import Hypothesis, SearchOptions, beam_search, likeliest, repetition
 from isthmus.decoding.steps import Steps
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLM, LLMArchitecture, character_tokenizer
+from isthmus.model.llm import LLM, character_tokenizer, new_llm
+from isthmus.settings.llms import LLMArchitecture
 
 END = 2
 FREE = SearchOptions(repetition_guard=False)  # as generate is
@@ -26,7 +27,7 @@ def llm() -> LLM:
     sizes = LLMArchitecture(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
     )
-    return sharp(sizes.build(character_tokenizer()).eval(), 4.0)
+    return sharp(new_llm(sizes, character_tokenizer()).eval(), 4.0)
 
 
 def sharp(model: LLM, factor: float = 3.0) -> LLM:

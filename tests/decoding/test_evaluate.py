@@ -11,12 +11,16 @@ import yaml
 from torch import Tensor
 
 from isthmus.decoding.evaluate import ctc_scores, evaluate
+from isthmus.decoding.pretrained import CTCRecogniser
 from isthmus.decoding.transcriber import Transcriber, load
+from isthmus.decoding.transcript import together
 from isthmus.errors import IsthmusError
 from isthmus.recipe import change_settings, load_recipe
+from isthmus.runs.feature_cache import (
+    feature_cache,
+)
 from isthmus.scoring import normaliser
 from isthmus.training.batches import collate
-from isthmus.training.data import feature_cache
 from isthmus.training.runs import train
 
 Isthmus = Callable[..., tuple[int, str, str]]
@@ -177,7 +181,7 @@ def test_sets_of_one_name_are_kept_apart(
 
 def test_ctc_is_scored_on_the_same_utterances(transcriber: Transcriber, faulty: Path) -> None:
     evaluation = evaluate(transcriber, [str(faulty)])
-    scores = ctc_scores(transcriber, evaluation)
+    scores = ctc_scores(evaluation)
     found = {one.id: one.hypothesis for one in scores.sets["faulty"].utterances}
     assert found.keys() == {*TEXTS, "torn", "noise"}
     assert found["torn"] == found["noise"] == ""
@@ -193,7 +197,7 @@ def test_ctc_is_scored_on_the_same_utterances(transcriber: Transcriber, faulty: 
         assert normaliser("basic")(heard) == found[item.cut.id]
 
 
-def test_ctc_hears_long_utterances_in_chunks(
+def test_ctc_hears_long_utterances_in_the_same_chunks_and_once(
     transcriber: Transcriber, waves: Waves, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     soundfile.write(tmp_path / "long.wav", waves(10 * 16_000).numpy(), 16_000)
@@ -201,19 +205,25 @@ def test_ctc_hears_long_utterances_in_chunks(
     for name in ("long", "short"):
         (tmp_path / f"{name}.txt").write_text("go left")
     monkeypatch.setitem(transcriber.__dict__, "longest", 3.0)
-    evaluation = evaluate(transcriber, [str(tmp_path)])
-    encoder, longest = transcriber.encoder, 0
+    encoder, heard = transcriber.encoder, list[int]()
     forward = encoder.forward
 
     def listen(waveforms: Tensor, num_samples: Tensor) -> tuple[Tensor, Tensor]:
-        nonlocal longest
-        longest = max(longest, waveforms.shape[1])
+        heard.extend(num_samples.tolist())
         return forward(waveforms, num_samples)
 
     monkeypatch.setattr(encoder, "forward", listen)
-    [scores] = ctc_scores(transcriber, evaluation).sets.values()
+    evaluation = evaluate(transcriber, [str(tmp_path)])
+    assert evaluation.to_dict()["chunk_seconds"] == 3.0
+    [scores] = ctc_scores(evaluation).sets.values()
     assert {one.id for one in scores.utterances} == {"long", "short"}
-    assert 16_000 <= longest <= 3 * 16_000
+    [long] = [one for one in evaluation.sets[tmp_path.name] if one.cut.id == "long"]
+    chunks = [len(one.waveform) for one in transcriber.chunks(long.cut)]
+    assert heard == [16_000, *chunks]
+    assert max(heard) <= 3 * 16_000
+    alone = CTCRecogniser(encoder, transcriber.settings)
+    segments = alone._segments(transcriber.chunks(long.cut), words=False, language="")
+    assert long.transcript.ctc_text == together(one.text for one in segments)
 
 
 def test_frames_of_the_cache_are_told_and_not_timed(

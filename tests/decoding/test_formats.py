@@ -17,6 +17,7 @@ from isthmus.decoding.formats import (
     as_txt,
     as_vtt,
     check_outputs,
+    outputs,
     write_transcript,
 )
 from isthmus.decoding.transcript import Segment, Transcript, Word
@@ -268,11 +269,34 @@ def test_files_are_named_after_the_recording(tmp_path: Path) -> None:
         write_transcript(transcript, "a.wav", tmp_path, "str")  # type: ignore[arg-type]  # meant
 
 
-def test_no_output_takes_the_place_of_another() -> None:
-    check_outputs(["a/x.wav", Path("a/y.wav"), "a/x.wav", "x.2.wav"])
-    for clash in (["a/x.wav", "b/x.wav"], [Path("x.wav"), "x.mp3"]):
+def test_no_output_takes_the_place_of_another(tmp_path: Path) -> None:
+    good = ["a/x.wav", "a/y.wav", "a/x.wav", "x.2.wav"]
+    check_outputs([(name, tmp_path) for name in good])
+    check_outputs([("a/x.wav", tmp_path / "a"), ("b/x.wav", tmp_path / "b")])
+    for clash in (["a/x.wav", "b/x.wav"], ["x.wav", "x.mp3"]):
         with pytest.raises(IsthmusError, match=r"x\.wav and .* written to x\.\*"):
-            check_outputs(clash)
+            check_outputs([(name, tmp_path) for name in clash])
+
+
+def test_a_folder_stands_for_its_recordings(tmp_path: Path) -> None:
+    for name in ("b.wav", "a.FLAC", "in/a.mp3", "notes.txt"):
+        (tmp_path / "talks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "talks" / name).touch()
+    talks, out = tmp_path / "talks", tmp_path / "out"
+    names = [str(talks / name) for name in ("a.FLAC", "b.wav", "in/a.mp3")]
+    beside = list(zip(names, [talks, talks, talks / "in"], strict=True))
+    assert outputs([str(talks)], "srt") == beside
+    elsewhere = list(zip(names, [out, out, out / "in"], strict=True))
+    assert outputs(["c.wav", str(talks)], "srt", out) == [("c.wav", out), *elsewhere]
+    assert outputs(["c.wav"]) == [("c.wav", Path())]
+    check_outputs(beside)
+    check_outputs(elsewhere)
+    (tmp_path / "talks/b.txt").write_text("what was said, by a person")
+    assert outputs([str(talks)], "srt") == beside
+    for kind in ("txt", "all"):
+        with pytest.raises(IsthmusError, match=r"b\.txt exists\. Name another folder with"):
+            outputs([str(talks)], kind)
+    assert outputs([str(talks)], "all", out) == elsewhere
 
 
 def test_a_fault_leaves_the_older_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

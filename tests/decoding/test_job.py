@@ -32,8 +32,8 @@ from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import observers
-from isthmus.model.parts import ASSETS
-from isthmus.recipe_settings import DecodeSettings
+from isthmus.settings.base import ASSETS
+from isthmus.settings.search import DecodeSettings
 from isthmus.speech.audio import AudioError
 
 ASKED_FOR = "Words need an aligner."

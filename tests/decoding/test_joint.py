@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Wav2Vec2CTCTokenizer
 
+from isthmus.build import build_model
 from isthmus.decoding import joint as module
 from isthmus.decoding.beam import SearchOptions, beam_search
 from isthmus.decoding.forced import Given, forced_hypotheses
@@ -28,11 +29,14 @@ from isthmus.decoding.transcript import words_of
 from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, TransformersHead
 from isthmus.model.llm import LLM, character_tokenizer
-from isthmus.model.spelling import WILDCARD, SentencePieceUnits, letter_tokenizer
+from isthmus.model.spelling import WILDCARD, learn_units, letter_tokenizer
 from isthmus.recipe import Recipe, change_settings
 from isthmus.scoring import score
+from isthmus.settings.conformers import SentencePieceUnits
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
+from isthmus.speech.cuts import (
+    transcript,
+)
 from tests.conftest import WAV2VEC2_UNITS
 
 END = 2
@@ -269,7 +273,7 @@ def capitals(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def sentence_pieces() -> Any:
     """Such as those of Parakeet, of lower-case letters."""
     texts = ["the cat sat on the mat", "that is the thing", "don't stop at the end", "i sat there"]
-    return SentencePieceUnits(type="sentencepiece", size=40).tokenizer(texts)
+    return learn_units(SentencePieceUnits(type="sentencepiece", size=40), texts)
 
 
 @pytest.mark.parametrize("text", ["Don't stop", "the mat, is THERE.", "that cat", "it"])
@@ -387,7 +391,7 @@ def build(model_folder: Callable[[str], Path]) -> Build:
             }
         )
         torch.manual_seed(0)
-        return Transcriber(recipe.build(), recipe.decode)
+        return Transcriber(build_model(recipe), recipe.decode)
 
     return transcriber
 

@@ -33,10 +33,10 @@ from isthmus.decoding.timestamps import (
 from isthmus.decoding.transcript import Word
 from isthmus.errors import IsthmusError
 from isthmus.lab.synthesis import draw_texts, random_voice, speak
-from isthmus.model.conformer import CONFORMER_DELAY, ConformerArchitecture, ConformerCTC
+from isthmus.model.conformer import CONFORMER_DELAY, ConformerCTC
 from isthmus.model.encoder import ConformerEncoder
-from isthmus.model.features import LogMelSettings
 from isthmus.model.spelling import WILDCARD, letter_tokenizer, spell
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 ModelFolder = Callable[[str], Path]

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from isthmus.build import build_model
 from isthmus.decoding import transcriber as transcribing
 from isthmus.decoding.beam import Hypothesis
 from isthmus.decoding.confidence import text_distance
 from isthmus.decoding.joint import TextSpelling, TokenSpelling
-from isthmus.decoding.pretrained import CTCRecogniser
 from isthmus.decoding.recogniser import Speech
 from isthmus.decoding.timestamps import align_words, trellis
 from isthmus.decoding.token_head import TokenHead
@@ -28,6 +28,10 @@ from isthmus.recipe import Recipe, change_settings
 Build = Callable[..., Transcriber]
 Waves = Callable[..., Tensor]
 TEXTS = ["go left", "a bad cab", "see", "deaf"]
+SOFT = {
+    "type": "ctc-posterior",
+    "inner": {"type": "linear", "downsample_rate": 2, "hidden": 64},
+}
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +57,7 @@ def build(model_folder: Callable[[str], Path]) -> Build:
             }
         )
         torch.manual_seed(0)
-        return Transcriber(recipe.build(), recipe.decode)
+        return Transcriber(build_model(recipe), recipe.decode)
 
     return transcriber
 
@@ -92,8 +96,10 @@ def said(transcriber: Transcriber, one: Speech) -> tuple[Tensor, str]:
     """What the head hears, its log-probabilities and its text, computed by itself."""
     head = transcriber.ctc
     assert head is not None
-    (frames,) = transcriber._frames([one])
-    log_probs = head.log_probs(frames[None])[0]
+    read = transcriber._frames([one])
+    if isinstance(head, TokenHead):
+        read = transcriber.model.spoken(read)
+    log_probs = head.log_probs(read[0][None])[0]
     return log_probs, head.text(head.best_path(log_probs))
 
 
@@ -113,9 +119,8 @@ def test_which_head_it_is(build: Build) -> None:
 
 def test_the_head_says_what_it_was_taught(taught: Transcriber, speech: list[Speech]) -> None:
     assert [said(taught, one)[1] for one in speech] == TEXTS
-    alone = CTCRecogniser(taught.encoder, taught.settings, taught.ctc)
-    assert [one.text for one in alone.transcribe([one.waveform for one in speech])] == TEXTS
     heard = taught.transcribe([one.waveform for one in speech])
+    assert [one.ctc_text for one in heard] == TEXTS
     for transcript, text in zip(heard, TEXTS, strict=True):
         assert transcript.ctc_distance == pytest.approx(text_distance(transcript.text, text))
 
@@ -128,10 +133,9 @@ def test_any_head_times_words_and_is_scored_alone(
     build: Build, speech: list[Speech], encoder: str
 ) -> None:
     transcriber = build(encoder)
-    alone = CTCRecogniser(transcriber.encoder, transcriber.settings, transcriber.ctc)
-    texts = [one.text for one in alone.transcribe([one.waveform for one in speech])]
-    assert texts == [said(transcriber, one)[1] for one in speech]
+    texts = [said(transcriber, one)[1] for one in speech]
     heard = transcriber._hear(speech, words=True)
+    assert [one.ctc_text for one in heard] == texts
     for segment, text, one in zip(heard, texts, speech, strict=True):
         assert segment.ctc_distance == pytest.approx(text_distance(segment.text, text))
         words = segment.words
@@ -328,8 +332,7 @@ def test_no_steady_rate_is_no_time(build: Build, waves: Waves) -> None:
 
 
 def test_soft_tokens_are_read_by_the_same_head(build: Build, speech: list[Speech]) -> None:
-    inner = {"type": "linear", "downsample_rate": 2, "hidden": 64}
-    transcriber = build(projector={"type": "ctc-posterior", "inner": inner}, ctc_weight=0.5)
+    transcriber = build(projector=SOFT, ctc_weight=0.5)
     assert isinstance(transcriber.ctc, TokenHead)
     assert transcriber.ctc.frame_rate == 25
     heard = transcriber._hear(speech, words=True)
@@ -337,6 +340,56 @@ def test_soft_tokens_are_read_by_the_same_head(build: Build, speech: list[Speech
         text_distance(one.text, said(transcriber, own)[1])
         for one, own in zip(heard, speech, strict=True)
     ]
+
+
+@pytest.mark.parametrize("projector", [None, SOFT])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_projector_and_head_run_once(
+    build: Build,
+    speech: list[Speech],
+    projector: dict[str, Any] | None,
+    temperature: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what is read once is what they give for themselves."""
+    transcriber = build(projector=projector, ctc_weight=0.5, posterior_temperature=temperature)
+    model, runs = transcriber.model, list[str]()
+    within = getattr(model.projector, "inner", model.projector)
+
+    def count(part: Any, method: str) -> None:
+        run = getattr(part, method)
+        monkeypatch.setattr(part, method, lambda *given: runs.append(method) or run(*given))
+
+    count(within, "forward")
+    count(model.projector.ctc, "log_probs")
+    audio, _, _ = transcriber._listen(transcriber._frames(speech), keep=True)
+    assert runs == ["forward", "log_probs"] * len(speech)
+    for own, one in zip(audio, speech, strict=True):
+        torch.testing.assert_close([own], model.project(transcriber._frames([one])))
+
+
+def test_columns_of_log_probs_are_those_of_the_whole_table(
+    taught: Transcriber, speech: list[Speech], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is not kept: the search's texts and scores, and the words' times, are the same."""
+    joint, head = with_settings(taught, ctc_weight=0.7), taught.ctc
+    assert isinstance(head, TokenHead)
+    [read] = taught.model.spoken(taught._frames(speech[:1]))
+    whole = head.log_probs(read[None])[0]
+    kept = head.kept(read, whole)
+    for units in ([head.blank], [5], [7, head.blank, 5, 7], list(range(head.blank + 1)), []):
+        torch.testing.assert_close(kept[:, torch.tensor(units).long()], whole[:, units])
+    own = [value for value in vars(kept).values() if isinstance(value, Tensor)]
+    size = sum(value.numel() for value in own if len(value) == len(whole))
+    assert size <= len(whole) * (taught.model.llm.dim + 3)
+    heard = joint._hear(speech, words=True)
+    monkeypatch.setattr(TokenHead, "kept", lambda head, frames, log_probs: log_probs)
+    for one, other in zip(heard, joint._hear(speech, words=True), strict=True):
+        assert one.tokens == other.tokens
+        assert one.score == pytest.approx(other.score, abs=1e-6)
+        assert [(word.start, word.end) for word in one.words] == [
+            (word.start, word.end) for word in other.words
+        ]
 
 
 def test_an_utterance_shorter_than_an_embedding(build: Build) -> None:

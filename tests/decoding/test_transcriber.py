@@ -14,6 +14,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from isthmus.build import build_model
 from isthmus.decoding import inputs, recogniser
 from isthmus.decoding import transcriber as transcribing
 from isthmus.decoding.confidence import text_distance
@@ -25,9 +26,9 @@ from isthmus.decoding.transcriber import DecodeChanges, Transcriber, load
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.lab.synthesis import Voice, speak
-from isthmus.model.parts import ASSETS
 from isthmus.recipe import Recipe
-from isthmus.recipe_settings import DecodeSettings
+from isthmus.settings.base import ASSETS
+from isthmus.settings.search import DecodeSettings
 from isthmus.speech.activity import Region
 from isthmus.speech.audio import AudioInfo, audio_info, load_audio
 from isthmus.speech.corpora import load_cut, read_corpus
@@ -55,7 +56,7 @@ def build(model_folder: Callable[[str], Path]) -> Build:
             }
         )
         torch.manual_seed(0)
-        return Transcriber(recipe.build(), recipe.decode)
+        return Transcriber(build_model(recipe), recipe.decode)
 
     return transcriber
 
@@ -125,9 +126,9 @@ def test_lengths_are_asked_once_and_a_torn_file_is_said_to_be_torn(
     torn.write_bytes(torn.read_bytes()[:1_000_000])
     asked: list[Any] = []
 
-    def asking(source: Any) -> AudioInfo:
+    def asking(source: Any, exact: bool = True) -> AudioInfo:
         asked.append(source)
-        return audio_info(source)
+        return audio_info(source, exact=exact)
 
     monkeypatch.setattr(inputs, "audio_info", asking)
     monkeypatch.setattr(recogniser, "load_audio", lambda path: path == good and load_audio(path))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.lab.alignment import align, monotonicity
+from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import LLM
 from isthmus.model.projector import Projector
 from isthmus.model.prompt import PaperPrompt, plain_tokens
@@ -41,7 +42,7 @@ def copying(
 ) -> Callable[[str], SpeechLLM]:
     def build(text: str) -> SpeechLLM:
         llm = load_llm("llama")
-        encoder = encoder_settings("fbank").build()
+        encoder = build_encoder(encoder_settings("fbank"))
         return SpeechLLM(encoder, Copying(llm, text), llm, PaperPrompt())
 
     return build

@@ -16,11 +16,12 @@ from isthmus.decoding import transcriber
 from isthmus.errors import IsthmusError
 from isthmus.lab.figures import between, interval_text
 from isthmus.lab.order import Spoken, measure_order, strangers, write_order
-from isthmus.model.encoder import FBankSettings
+from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import LLM
 from isthmus.model.projector import Projector
 from isthmus.model.prompt import PaperPrompt, plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.settings.encoders import FBankSettings
 
 SAMPLES = 1600  # a letter
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -51,7 +52,7 @@ class Hearing(Projector):
 def hearing(load_llm: Callable[..., LLM]) -> Callable[[bool], SpeechLLM]:
     def build(deaf: bool) -> SpeechLLM:
         llm = load_llm("llama")
-        encoder = FBankSettings().build()
+        encoder = build_encoder(FBankSettings())
         return SpeechLLM(encoder, Hearing(llm, deaf), llm, PaperPrompt())
 
     return build

@@ -14,7 +14,8 @@ import torch
 from isthmus.errors import IsthmusError
 from isthmus.lab import perplexity
 from isthmus.lab.perplexity import Likelihood, Perplexity, perplexity_text, word_perplexity
-from isthmus.model.llm import LLM, LLMSettings
+from isthmus.model.llm import LLM, build_llm
+from isthmus.settings.llms import LLMSettings
 
 LoadLLM = Callable[..., LLM]
 TEXTS = ["go left", "stop", "one two three", "yes", "go back"]
@@ -126,7 +127,7 @@ def test_the_verb_reads_corpora_and_text_files(
     code, out, _ = isthmus("analyse", "perplexity", folder, corpus, lines, "--json")
     assert code == 0
     sets: dict[str, Any] = json.loads(out)["sets"]
-    expected = word_perplexity(LLMSettings(path=str(folder)).build(), ["go left", "stop"])
+    expected = word_perplexity(build_llm(LLMSettings(path=str(folder))), ["go left", "stop"])
     assert sets[str(corpus)] == sets[str(lines)] == expected.to_dict()
     code, out, _ = isthmus("analyse", "perplexity", folder, corpus)
     assert f"perplexity {perplexity_text(expected.value)} a word" in out

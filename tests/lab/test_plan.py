@@ -8,16 +8,18 @@ from typing import Any
 import pytest
 import torch
 
+from isthmus.build import build_conformer, build_model
 from isthmus.errors import IsthmusError
 from isthmus.lab import sizes
 from isthmus.lab.plan import Hardware, Plan, make_plan
 from isthmus.lab.sizes import layer_values
 from isthmus.lab.sweep import make_plan as sweep_plan
-from isthmus.model.encoder import WhisperSettings, parameters
+from isthmus.model.encoder import parameters
 from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS
 from isthmus.recipe import CTCRecipe, Recipe, load_any_recipe, load_recipe
 from isthmus.recipe_files import shipped_recipes, shipped_sweeps
+from isthmus.settings.encoders import WhisperSettings
 
 VICUNA = "lmsys/vicuna-7b-v1.5"
 LARGE = "openai/whisper-large-v2"
@@ -102,7 +104,7 @@ def test_a_plan_is_of_the_model_that_training_builds(
         encoder_settings("hubert-layer").model_dump(),
         {"path": str(model_folder("llama")), "tune": "lora", "lora": {"rank": 2}},
     )
-    model = built.build()
+    model = build_model(built)
     plan = make_plan(built)
     for name, part in model.named_children():
         assert (plan.parts[name].parameters, plan.parts[name].trained) == parameters(part)
@@ -336,12 +338,12 @@ def test_what_a_recipe_will_make_has_its_size(tmp_path: Path) -> None:
     encoder, folder = {"type": "conformer", "path": "yet/to/be/made"}, tmp_path / "made"
     planned = make_plan(recipe(encoder), producers={"yet/to/be/made": small})
     assert any("yet/to/be/made is not here yet" in note for note in planned.notes)
-    small.build().save(folder)
+    build_conformer(small).save(folder)
     made = make_plan(recipe(encoder | {"path": str(folder)}))
     assert planned.parts["encoder"].parameters == made.parts["encoder"].parameters
     assert planned.run == made.run
     alone = make_plan(small, hours=1)
-    assert alone.parts["model"].trained == parameters(small.build())[0]
+    assert alone.parts["model"].trained == parameters(build_conformer(small))[0]
     assert alone.memory["optimiser"] == 12 * alone.parts["model"].trained
     assert alone.run.flops == 6.0 * alone.parts["model"].trained * alone.run.positions
 

@@ -23,14 +23,15 @@ from isthmus.lab.plateau import (
     expected_step,
     on_plateau,
 )
-from isthmus.model.encoder import FBankSettings
+from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import LLM
 from isthmus.model.projector import LinearProjector
 from isthmus.model.prompt import PaperPrompt, Prompt
 from isthmus.model.speech_llm import SpeechLLM
-from isthmus.recipe_settings import SpeechTrainSettings
+from isthmus.settings.encoders import FBankSettings
+from isthmus.settings.optimisation import SpeechTrainSettings
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.projector import SpeechTask
+from isthmus.training.speech_task import SpeechTask
 
 TEXTS = ("go left", "stop", "one two", "yes", "turn it on", "no")
 SETTINGS = SpeechTrainSettings(steps=1000, warmup_steps=50)
@@ -57,7 +58,7 @@ def corpus(folder: Path, texts: tuple[str, ...]) -> Any:
 
 def build(llm: LLM, prompt: Prompt | None = None, downsample_rate: int = 5) -> SpeechLLM:
     torch.manual_seed(0)
-    encoder = FBankSettings().build()
+    encoder = build_encoder(FBankSettings())
     projector = LinearProjector(encoder.dim, llm.dim, downsample_rate, 16)
     return SpeechLLM(encoder, projector, llm, prompt or PaperPrompt())
 

@@ -12,10 +12,12 @@ from isthmus.decoding.transcriber import load
 from isthmus.lab import quickstart, quickstart_real
 from isthmus.lab.synthesis import synthesise_corpus
 from isthmus.recipe import load_recipe
+from isthmus.runs.folder import BASE, SHIPPED_RUNS, default_system
+from isthmus.runs.loading import load_run
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import BASE, SHIPPED_RUNS, default_system
-from isthmus.training.run_loading import load_run
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.runs import train
 
 Isthmus = Callable[..., tuple[int, str, str]]

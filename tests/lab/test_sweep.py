@@ -22,8 +22,10 @@ from isthmus.lab.sweep import Plan, make_plan
 from isthmus.lab.sweep_checks import Checks
 from isthmus.lab.sweep_runs import RESULT, Sweeper, states
 from isthmus.lab.sweep_table import Table, markdown
-from isthmus.model.parts import SHIPPED
+from isthmus.model.encoder import build_encoder
+from isthmus.model.parts import sources
 from isthmus.recipe_files import shipped_sweeps
+from isthmus.settings.base import SHIPPED
 from isthmus.training.loop import OnStep
 from isthmus.training.runs import train
 
@@ -407,11 +409,11 @@ def test_other_files_of_any_part_are_refused(
     edit(sweep, "projector.hidden: 4", parts)
     plan = plan_of(sweep)
     run = plan.runs[1]
-    sources = plan.expanded(run.recipe).sources()
-    assert {*sources} == {"llm", "projector"}
+    found = sources(plan.expanded(run.recipe))
+    assert {*found} == {"llm", "projector"}
     result = {
         "recipe": run.recipe.model_dump(mode="json"),
-        "parts": {name: part.to_dict() for name, part in sources.items()},
+        "parts": {name: part.to_dict() for name, part in found.items()},
         "test": {},
     }
     Checks(plan).check(run, result)
@@ -443,7 +445,7 @@ def test_sizes_are_those_that_the_papers_count(
     edit(sweep, "projector.hidden: 4", f"encoder: {whisper.model_dump_json()}, llm.quantise: int8")
     table = Sweeper(plan_of(sweep), silent).reproduce()
     assert not table.failed
-    network = whisper.build().network
+    network = build_encoder(whisper).network
     positions = network.embed_positions.weight.numel()  # sinusoids, which are never learnt
     sizes = table.results["narrow"]["parameters"]
     assert sizes["encoder"] == sum(p.numel() for p in network.parameters()) - positions

@@ -17,10 +17,11 @@ from isthmus.lab import text_ability as module
 from isthmus.lab.perplexity import Likelihood, Perplexity
 from isthmus.lab.text_ability import TextAbility, text_ability
 from isthmus.model.adapters import save_adapter
-from isthmus.model.llm import LLMSettings
+from isthmus.model.llm import build_llm
 from isthmus.recipe import Recipe
-from isthmus.training.export import export_adapter
-from isthmus.training.run_loading import load_run, stored_recipe
+from isthmus.runs.export import export_adapter
+from isthmus.runs.loading import load_run, stored_recipe
+from isthmus.settings.llms import LLMSettings
 from isthmus.training.runs import train
 
 Run = Callable[..., Path]
@@ -185,7 +186,7 @@ def test_an_exported_adapter_opens_in_peft_and_merges(
     assert (untouched - expected).abs().max() > 1e-3  # the adapter does something
     opened.merge_and_unload().save_pretrained(tmp_path / "merged")
     llm.tokenizer.save_pretrained(tmp_path / "merged")
-    joined = LLMSettings(path=str(tmp_path / "merged")).build().eval()
+    joined = build_llm(LLMSettings(path=str(tmp_path / "merged"))).eval()
     found = joined.network(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 

@@ -8,14 +8,9 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import (
-    FRONT_END_FILE,
-    ConformerArchitecture,
-    ConformerCTC,
-    label_log_probs,
-)
-from isthmus.model.features import LogMelSettings
+from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, label_log_probs
 from isthmus.model.spelling import letter_tokenizer
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 
 
 @pytest.fixture

@@ -19,17 +19,17 @@ from isthmus.errors import IsthmusError
 from isthmus.model.encoder import (
     ConformerEncoder,
     Encoder,
-    EncoderSettings,
     FBankEncoder,
     PairEncoder,
-    PairSettings,
     ParakeetEncoder,
     SelfSupervisedEncoder,
     WhisperEncoder,
-    WhisperSettings,
+    build_encoder,
     load_extractor,
     parameters,
 )
+from isthmus.model.parts import sources
+from isthmus.settings.encoders import EncoderSettings, PairSettings, WhisperSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Waves = Callable[..., Tensor]
@@ -180,7 +180,7 @@ def test_unpadded_whisper_takes_a_batch_at_once(
     without: str | None,
 ) -> None:
     """Frames are those of each alone; without one of the two protections they are not."""
-    whisper = encoder_settings("whisper-unpadded").build().eval()
+    whisper = build_encoder(encoder_settings("whisper-unpadded")).eval()
     utterances = [waves(n, seed=n) for n in UTTERANCES]
     alone = [encode(whisper, utterance)[0] for utterance in utterances]
     batches: list[int] = []
@@ -207,7 +207,7 @@ def test_real_whisper_frames_are_those_of_transformers(
     A few of Whisper's activations are so large that another order of sums moves some frames of a
     batch by 1e-4, as far as either is from float64; the mean says whether they are the same.
     """
-    whisper = WhisperSettings(path=str(parts / name), pad_to_30s=pad_to_30s).build().eval()
+    whisper = build_encoder(WhisperSettings(path=str(parts / name), pad_to_30s=pad_to_30s)).eval()
     whisper.store(torch.float32)
     extractor = AutoFeatureExtractor.from_pretrained(parts / name)
     utterances = [waves(320 * places, seed=places) for places in (150, 90)]
@@ -232,7 +232,9 @@ def test_real_whisper_frames_are_those_of_transformers(
 def test_whisper_takes_30_seconds(
     model_folder: Callable[[str], Path], waves: Waves, pad_to_30s: bool
 ) -> None:
-    whisper = WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=pad_to_30s).build()
+    whisper = build_encoder(
+        WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=pad_to_30s)
+    )
     assert whisper.max_seconds == 30.0
     longest = 30 * SAMPLE_RATE
     (frames,) = encode(whisper, waves(longest))
@@ -243,7 +245,9 @@ def test_whisper_takes_30_seconds(
 
 def test_padding_is_kept(encoder_settings: Callable[[str], Any], waves: Waves) -> None:
     """1500 frames of any audio: its own, and behind them those of the padding."""
-    kept, dropped = (encoder_settings(name).build().eval() for name in ("whisper-kept", "whisper"))
+    kept, dropped = (
+        build_encoder(encoder_settings(name)).eval() for name in ("whisper-kept", "whisper")
+    )
     for num_samples in (1, 30_000, 30 * SAMPLE_RATE):
         (frames,), (own,) = (encode(one, waves(num_samples)) for one in (kept, dropped))
         assert len(frames) == kept.output_length(num_samples) == 1500
@@ -258,7 +262,7 @@ def test_padding_that_is_not_there_cannot_be_kept() -> None:
 
 def test_whisper_without_padding_warns(model_folder: Callable[[str], Path]) -> None:
     with pytest.warns(UserWarning, match="pad_to_30s"):
-        WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=False).build()
+        build_encoder(WhisperSettings(path=str(model_folder("whisper")), pad_to_30s=False))
 
 
 @pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
@@ -275,9 +279,9 @@ def test_a_pair_works_on_what_each_does(encoder_settings: Callable[[str], Any]) 
     """At its own frame rate, and with its own padding."""
     names = ("conformer", "whisper")
     pair = PairSettings(**dict(zip(("first", "second"), map(encoder_settings, names), strict=True)))
-    alone = [encoder_settings(name).build().flops([2.0, 31.0]) for name in names]
-    assert pair.build().flops([2.0, 31.0]) == sum(alone)
-    assert pair.build().encoded_seconds(2.0) == 30.0
+    alone = [build_encoder(encoder_settings(name)).flops([2.0, 31.0]) for name in names]
+    assert build_encoder(pair).flops([2.0, 31.0]) == sum(alone)
+    assert build_encoder(pair).encoded_seconds(2.0) == 30.0
 
 
 @pytest.mark.parametrize("name", ["parakeet", "wav2vec2-ctc"])
@@ -285,7 +289,7 @@ def test_a_head_is_no_part_but_goes_along(
     encoder_settings: Callable[[str], Any], name: str
 ) -> None:
     """No gradient reaches it: it is neither trained, nor stored, nor counted."""
-    encoder = encoder_settings(name).build()
+    encoder = build_encoder(encoder_settings(name))
     own = encoder.network.state_dict()
     assert encoder.state_dict().keys() == {f"network.{name}" for name in own}
     assert parameters(encoder)[0] == sum(value.numel() for value in encoder.network.parameters())
@@ -326,7 +330,7 @@ def test_a_pair_is_both_side_by_side(
 ) -> None:
     """Each of the first's frames beside that of the second which is heard at the same time."""
     settings = PairSettings(first=encoder_settings(first), second=encoder_settings(second))
-    pair = settings.build().eval()
+    pair = build_encoder(settings).eval()
     for length in (1, 500, 16_123, 30_001):
         own, others = (encode(one, waves(length))[0] for one in (pair.first, pair.second))
         (frames,) = encode(pair, waves(length))
@@ -339,11 +343,11 @@ def test_a_pair_is_both_side_by_side(
 
 def test_a_pair_takes_what_both_take(encoder_settings: Callable[[str], Any]) -> None:
     settings = PairSettings(first=encoder_settings("conformer"), second=encoder_settings("whisper"))
-    pair = settings.build()
+    pair = build_encoder(settings)
     assert pair.max_seconds == 30.0
     pair.store(torch.bfloat16)
     assert {value.dtype for value in pair.parameters()} == {torch.bfloat16}
-    assert {name: source.name for name, source in settings.sources().items()} == {
+    assert {name: source.name for name, source in sources(settings).items()} == {
         "first": settings.first.path,
         "second": settings.second.path,
     }
@@ -364,7 +368,7 @@ def test_the_folder_must_hold_the_type(
     for name, folder in (("whisper", "wavlm-group"), ("hubert-group", "wavlm-group")):
         settings = encoder_settings(name).model_copy(update={"path": str(model_folder(folder))})
         with pytest.raises(IsthmusError, match=r"'wavlm' model.*Correct encoder.type"):
-            settings.build()
+            build_encoder(settings)
 
 
 def test_folder_without_front_end(
@@ -377,10 +381,10 @@ def test_folder_without_front_end(
     stored = AutoFeatureExtractor.from_pretrained(model_folder("whisper"))
     found = load_extractor(tmp_path / "whisper", "whisper")
     assert np.array_equal(found.mel_filters, stored.mel_filters)
-    assert WhisperSettings(path=str(tmp_path / "whisper")).build().dim
+    assert build_encoder(WhisperSettings(path=str(tmp_path / "whisper"))).dim
     settings = encoder_settings("wavlm-group").model_copy(update={"path": str(tmp_path / name)})
     with pytest.raises(IsthmusError, match=r"no preprocessor_config\.json"):
-        settings.build()
+        build_encoder(settings)
 
 
 @pytest.mark.filterwarnings("ignore:encoder.pad_to_30s")
@@ -398,7 +402,7 @@ def test_missing_weights_are_not_made_up(
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     changed = settings.model_copy(update={"path": str(folder)})
     with pytest.raises(IsthmusError, match=r"lacks 1 weights of .*layers\.1"):
-        changed.build()
+        build_encoder(changed)
 
 
 def test_damaged_weights(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -407,4 +411,4 @@ def test_damaged_weights(model_folder: Callable[[str], Path], tmp_path: Path) ->
     whole = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(IsthmusError, match="cannot be loaded"):
-        WhisperSettings(path=str(folder)).build()
+        build_encoder(WhisperSettings(path=str(folder)))

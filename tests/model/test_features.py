@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.model.features import LogMel, LogMelSettings
+from isthmus.model.features import LogMel
+from isthmus.settings.conformers import LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Waves = Callable[..., Tensor]

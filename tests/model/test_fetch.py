@@ -28,7 +28,7 @@ from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import observers, verify_folder
 from isthmus.model import fetch as module
 from isthmus.model.conversion import LLAMA_MODULES, WHISPER_MODULES, convert
-from isthmus.model.encoder import WhisperSettings
+from isthmus.model.encoder import build_encoder
 from isthmus.model.fetch import (
     GIVEN,
     PARTS,
@@ -39,7 +39,9 @@ from isthmus.model.fetch import (
     fetch,
     part_folder,
 )
-from isthmus.model.parts import on_meta, resolve
+from isthmus.model.parts import resolve, sources
+from isthmus.model.presets import on_meta
+from isthmus.settings.encoders import WhisperSettings
 from tests.hub import StandInHub
 
 ModelFolder = Callable[[str], Path]
@@ -259,8 +261,8 @@ def test_weights_are_those_of_transformers_rounded(world: World, model_folder: M
 
 def test_a_fetched_part_is_a_name_in_recipes(world: World) -> None:
     settings = WhisperSettings(path=f"isthmus/{NAME}")
-    assert settings.build().dim == 16
-    assert settings.sources()[""].sha256 == world.expected
+    assert build_encoder(settings).dim == 16
+    assert sources(settings)[""].sha256 == world.expected
     assert world.folder.is_dir()
 
 

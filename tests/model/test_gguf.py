@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLM, LLMSettings
-from isthmus.model.parts import on_meta
+from isthmus.model.llm import LLM, build_llm
+from isthmus.model.parts import sources
+from isthmus.model.presets import on_meta
 from isthmus.model.weights import sha256
+from isthmus.settings.llms import LLMSettings
 from tests.layouts import dequantised, write_gguf
 
 gguf = pytest.importorskip("gguf", reason="needs the extra gguf")
@@ -38,8 +40,8 @@ def state_of(llm: LLM) -> dict[str, torch.Tensor]:
 def test_it_is_its_dequantised_folder(tmp_path: Path, quantise: bool) -> None:
     file = tmp_path / "tiny.gguf"
     write_gguf(file, quantise=quantise)
-    found = LLMSettings(path=str(file)).build()
-    expected = LLMSettings(path=str(dequantised(file, tmp_path / "folder"))).build()
+    found = build_llm(LLMSettings(path=str(file)))
+    expected = build_llm(LLMSettings(path=str(dequantised(file, tmp_path / "folder"))))
     assert found.dtype == torch.float32
     assert state_of(found).keys() == state_of(expected).keys()
     assert all(torch.equal(v, state_of(expected)[name]) for name, v in state_of(found).items())
@@ -54,10 +56,10 @@ def test_either_way_to_name_it(file: Path) -> None:
         LLMSettings(path=str(file.parent), gguf=file.name),
     ]
     for one in settings:
-        (source,) = one.sources().values()
+        (source,) = sources(one).values()
         assert source.sha256 == {"tiny.gguf": sha256(file)}
         assert source.name == str(file)
-        assert one.build().rows == 259
+        assert build_llm(one).rows == 259
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_either_way_to_name_it(file: Path) -> None:
     [({"dtype": "bfloat16"}, torch.bfloat16), ({"tune": "lora"}, torch.float32)],
 )
 def test_it_is_a_model_like_others(file: Path, changes: dict[str, str], dtype: torch.dtype) -> None:
-    llm = LLMSettings.model_validate({"path": str(file), **changes}).build()
+    llm = build_llm(LLMSettings.model_validate({"path": str(file), **changes}))
     assert llm.dtype == dtype
     llm.store(torch.bfloat16)
     assert llm.dtype == torch.bfloat16
@@ -74,14 +76,14 @@ def test_it_is_a_model_like_others(file: Path, changes: dict[str, str], dtype: t
 
 def test_it_is_planned_with(file: Path) -> None:
     with on_meta():
-        llm = LLMSettings(path=str(file)).build()
+        llm = build_llm(LLMSettings(path=str(file)))
     assert next(llm.parameters()).is_meta
     assert llm.dim == 32
 
 
 def fault(settings: LLMSettings) -> str:
     with pytest.raises(IsthmusError) as caught:
-        settings.build()
+        build_llm(settings)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLMSettings
-from isthmus.model.parts import resolve, source
+from isthmus.model.encoder import build_encoder
+from isthmus.model.llm import build_llm
+from isthmus.model.parts import resolve, source, sources
+from isthmus.settings.llms import LLMSettings
 from tests.hub import TOKEN, StandInHub
 from tests.layouts import write_gguf, write_layout, write_sentencepiece
 
@@ -68,11 +70,11 @@ def test_an_encoder_of_every_family(
     """The folder gives the frames of transformers (test_encoder.py), and the hub those of it."""
     hub.publish(f"someone/{name}", model_folder(name))
     local = encoder_settings(name)
-    loaded = local.model_copy(update={"path": f"someone/{name}"}).build().eval()
+    loaded = build_encoder(local.model_copy(update={"path": f"someone/{name}"})).eval()
     batch, lengths = waves(16_000)[None], torch.tensor([16_000])
     with torch.no_grad():
         frames, num_frames = loaded(batch, lengths)
-        expected, expected_frames = local.build().eval()(batch, lengths)
+        expected, expected_frames = build_encoder(local).eval()(batch, lengths)
     assert torch.equal(num_frames, expected_frames)
     torch.testing.assert_close(frames, expected, atol=1e-5, rtol=0)
 
@@ -82,7 +84,7 @@ def test_a_language_model_of_every_family(
     hub: StandInHub, model_folder: ModelFolder, name: str
 ) -> None:
     hub.publish(f"someone/{name}", model_folder(name))
-    llm = LLMSettings(path=f"someone/{name}").build().eval()
+    llm = build_llm(LLMSettings(path=f"someone/{name}")).eval()
     tokens = torch.tensor([llm.tokenizer.encode("what is heard", add_special_tokens=False)])
     network = AutoModelForCausalLM.from_pretrained(model_folder(name)).eval()
     with torch.no_grad():
@@ -143,8 +145,8 @@ def test_what_is_read_is_downloaded_and_nothing_else(
 ) -> None:
     folder = model_folder("llama-tied")
     publish(hub, folder, tmp_path / "published", layouts)
-    llm = LLMSettings(path="someone/flagship").build()
-    expected = LLMSettings(path=str(folder)).build().network.state_dict()
+    llm = build_llm(LLMSettings(path="someone/flagship"))
+    expected = build_llm(LLMSettings(path=str(folder))).network.state_dict()
     for name, value in llm.network.state_dict().items():
         assert torch.equal(value, expected[name])
     got = {name for name in cached_files(tmp_path) if not name.endswith((".json", ".jinja"))}
@@ -153,7 +155,7 @@ def test_what_is_read_is_downloaded_and_nothing_else(
     assert got <= asked
     assert not {name.rpartition("/")[2] for name in (*SPARE, "README.md")} & asked
     before = hub.requests.total()
-    LLMSettings(path="someone/flagship").build()
+    build_llm(LLMSettings(path="someone/flagship"))
     assert hub.requests.total() - before <= 2  # whether `main` has moved; no file again
 
 
@@ -166,10 +168,10 @@ def test_offline_with_shards(
     layout: str,
 ) -> None:
     commit = publish(hub, model_folder("llama"), tmp_path / "published", [layout])
-    LLMSettings(path="someone/flagship").build()
+    build_llm(LLMSettings(path="someone/flagship"))
     offline(monkeypatch)
     asked = hub.requests.total()
-    LLMSettings(path="someone/flagship").build()
+    build_llm(LLMSettings(path="someone/flagship"))
     assert source("someone/flagship").commit == commit
     assert hub.requests.total() == asked
 
@@ -186,7 +188,7 @@ def test_a_tokenizer_of_sentencepiece_alone(
     network.save_pretrained(folder)
     (folder / "tokenizer.json").unlink()
     publish(hub, folder, tmp_path / "published", ["sharded-bin"])
-    tokenizer = LLMSettings(path="someone/flagship").build().tokenizer
+    tokenizer = build_llm(LLMSettings(path="someone/flagship")).tokenizer
     assert len(tokenizer) == count
     assert tokenizer.tokenize("the b\u00e9") == ["\u2581the", "\u2581", "b", "<0xC3>", "<0xA9>"]
     assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
@@ -201,13 +203,13 @@ def test_a_repository_of_gguf_files(hub: StandInHub, tmp_path: Path) -> None:
     write_gguf(folder / "tiny-f32.gguf", quantise=False)
     commit = hub.publish("someone/tiny-gguf", folder)
     settings = LLMSettings(path="someone/tiny-gguf", gguf="Q8/tiny.gguf")
-    assert settings.build().rows == 259
+    assert build_llm(settings).rows == 259
     assert cached_files(tmp_path) == {"Q8/tiny.gguf"}
-    (found,) = settings.sources().values()
+    (found,) = sources(settings).values()
     digest = hashlib.sha256((folder / "Q8" / "tiny.gguf").read_bytes()).hexdigest()
     assert (found.commit, found.sha256) == (commit, {"tiny.gguf": digest})
     with pytest.raises(IsthmusError, match=r"someone/tiny-gguf has no file tiny\.gguf"):
-        LLMSettings(path="someone/tiny-gguf", gguf="tiny.gguf").build()
+        build_llm(LLMSettings(path="someone/tiny-gguf", gguf="tiny.gguf"))
 
 
 def test_an_index_of_a_file_that_the_repository_lacks(
@@ -217,7 +219,7 @@ def test_an_index_of_a_file_that_the_repository_lacks(
     (folder / "model-00002-of-00003.safetensors").unlink()
     hub.publish("someone/llama", folder)
     with pytest.raises(IsthmusError, match=r"names 3 files, of which model-00002.* is not there"):
-        LLMSettings(path="someone/llama").build()
+        build_llm(LLMSettings(path="someone/llama"))
 
 
 @pytest.mark.parametrize("layout", ["bin", "safetensors"])
@@ -234,7 +236,7 @@ def test_a_download_with_another_sum(
     content[-300] ^= 1
     blob.write_bytes(content)
     with pytest.raises(IsthmusError, match=r"SHA-256.*Delete") as caught:
-        LLMSettings(path="someone/llama").sources()
+        sources(LLMSettings(path="someone/llama"))
     assert str(blob) in str(caught.value)
     blob.unlink()
     assert source("someone/llama").sha256[weights.name] == blob.name
@@ -285,7 +287,7 @@ def test_offline_with_a_filled_cache(
     online = source("someone/llama")
     asked = hub.requests.total()
     offline(monkeypatch)
-    LLMSettings(path="someone/llama").build()
+    build_llm(LLMSettings(path="someone/llama"))
     assert source("someone/llama") == source("someone/llama", commit) == online
     assert hub.requests.total() == asked
 
@@ -293,7 +295,7 @@ def test_offline_with_a_filled_cache(
 def test_offline_without(hub: StandInHub, monkeypatch: pytest.MonkeyPatch) -> None:
     offline(monkeypatch)
     with pytest.raises(IsthmusError, match=r"someone/llama.*HF_HUB_OFFLINE") as caught:
-        LLMSettings(path="someone/llama").build()
+        build_llm(LLMSettings(path="someone/llama"))
     assert "\n" not in str(caught.value)
 
 
@@ -326,7 +328,7 @@ def test_a_download_that_stays_broken(
     hub.publish("someone/llama", model_folder("llama"))
     hub.cuts[WEIGHTS], hub.cut_at = 100, 0.0
     with pytest.raises(IsthmusError, match=r"someone/llama.*again") as caught:
-        LLMSettings(path="someone/llama").build()
+        build_llm(LLMSettings(path="someone/llama"))
     assert "\n" not in str(caught.value)
     assert not list((tmp_path / "cache").rglob(WEIGHTS))
     with monkeypatch.context() as patch:
@@ -351,7 +353,7 @@ def test_a_gated_repository(
     with pytest.raises(
         IsthmusError, match=r"someone/llama.*terms at .*/someone/llama.*hf auth login"
     ) as caught:
-        LLMSettings(path="someone/llama").build()
+        build_llm(LLMSettings(path="someone/llama"))
     assert "\n" not in str(caught.value)
 
 
@@ -361,19 +363,19 @@ def test_a_gated_repository_with_a_token(
     hub.publish("someone/llama", model_folder("llama"))
     hub.repositories["someone/llama"].gated = True
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert LLMSettings(path="someone/llama").build().dim == 16
+    assert build_llm(LLMSettings(path="someone/llama")).dim == 16
 
 
 def test_a_missing_repository(hub: StandInHub) -> None:
     with pytest.raises(IsthmusError, match=r"someone/lama.*Correct the name.*private") as caught:
-        LLMSettings(path="someone/lama").build()
+        build_llm(LLMSettings(path="someone/lama"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_revision(hub: StandInHub, model_folder: ModelFolder) -> None:
     hub.publish("someone/llama", model_folder("llama"))
     with pytest.raises(IsthmusError, match=r"someone/llama at revision 'v9'.*no such revision"):
-        LLMSettings(path="someone/llama", revision="v9").build()
+        build_llm(LLMSettings(path="someone/llama", revision="v9"))
 
 
 def test_a_run_records_what_it_downloaded(
@@ -395,9 +397,10 @@ def test_a_run_records_what_it_downloaded(
     }
     program = (
         "import json, sys; from pathlib import Path; from isthmus.recipe import Recipe;"
+        "from isthmus.build import build_model;"
         "from isthmus.training.parallel import Ranks;"
         "from isthmus.training.runs import Opening, RunFolder;"
-        "recipe = Recipe.model_validate_json(sys.argv[1]); recipe.build()\n"
+        "recipe = Recipe.model_validate_json(sys.argv[1]); build_model(recipe)\n"
         "with Ranks() as ranks:\n"
         "    with RunFolder(recipe, Path(sys.argv[2]), Opening(), ranks) as run: run.begin()"
     )

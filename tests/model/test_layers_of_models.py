@@ -15,7 +15,8 @@ from isthmus.errors import IsthmusError
 from isthmus.model import layers as layers_module
 from isthmus.model import packing
 from isthmus.model.layers import checkpoint_layers, compile_layers, decoder_layers, recompute_gates
-from isthmus.model.llm import LLM, LoraSettings
+from isthmus.model.llm import LLM
+from isthmus.settings.llms import LoraSettings
 
 LoadLLM = Callable[..., LLM]
 WIDTH = 32

@@ -13,11 +13,14 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLM, LLMArchitecture, LLMSettings, character_tokenizer, save_llm
+from isthmus.model.encoder import build_encoder
+from isthmus.model.llm import LLM, build_llm, character_tokenizer, new_llm, save_llm
 from isthmus.model.parts import model_type
-from isthmus.model.projector import LinearProjectorSettings
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import ChatPrompt, PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.settings.llms import LLMArchitecture, LLMSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 
 LoadLLM = Callable[..., LLM]
 
@@ -56,10 +59,10 @@ def test_saved_in_half_precision_is_loaded_in_full(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     architecture = LLMArchitecture(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    llm = architecture.build(character_tokenizer(chat=True))
+    llm = new_llm(architecture, character_tokenizer(chat=True))
     save_llm(llm, tmp_path)
     assert capsys.readouterr().err == ""  # no progress bar
-    again = LLMSettings(path=str(tmp_path)).build()
+    again = build_llm(LLMSettings(path=str(tmp_path)))
     assert again.dtype == torch.float32
     assert again.tokenizer.chat_template == llm.tokenizer.chat_template
     assert again.tokenizer.encode("Say </s>") == llm.tokenizer.encode("Say </s>")
@@ -109,7 +112,7 @@ def test_folder_without_tokenizer(model_folder: Callable[[str], Path], tmp_path:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     with pytest.raises(IsthmusError, match="cannot be loaded") as caught:
-        LLMSettings(path=str(folder)).build()
+        build_llm(LLMSettings(path=str(folder)))
     assert "\n" not in str(caught.value)
 
 
@@ -122,13 +125,13 @@ def test_a_tokenizer_without_its_files(
     for file in (tmp_path / "llm").glob("tokenizer*"):
         file.unlink()
     with pytest.raises(IsthmusError, match=r"llm\.path.* entries and none for text"):
-        LLMSettings(path=str(tmp_path / "llm")).build()
+        build_llm(LLMSettings(path=str(tmp_path / "llm")))
 
 
 @pytest.mark.parametrize("name", ["wav2vec2-group", "whisper", "parakeet"])
 def test_folder_of_another_kind(name: str, model_folder: Callable[[str], Path]) -> None:
     with pytest.raises(IsthmusError, match=r"llm\.path: .*no causal language model") as caught:
-        LLMSettings(path=str(model_folder(name))).build()
+        build_llm(LLMSettings(path=str(model_folder(name))))
     assert "\n" not in str(caught.value)
 
 
@@ -156,10 +159,10 @@ def test_what_a_model_says_it_is(
 ) -> None:
     path = declare(model_folder("llama"), tmp_path / "llm", architectures=declared)
     if fits:
-        assert LLMSettings(path=path).build().dim == 16
+        assert build_llm(LLMSettings(path=path)).dim == 16
     else:
         with pytest.raises(IsthmusError, match=f"is a {(declared or [''])[0]}, no causal"):
-            LLMSettings(path=path).build()
+            build_llm(LLMSettings(path=path))
 
 
 @pytest.mark.parametrize(
@@ -178,7 +181,7 @@ def test_a_broken_configuration(
     shutil.copytree(model_folder("llama"), tmp_path / "llm")
     (tmp_path / "llm" / "config.json").write_text(config)
     settings = LLMSettings(path=str(tmp_path / "llm"))
-    for read in (settings.build, lambda: model_type(tmp_path / "llm")):
+    for read in (lambda: build_llm(settings), lambda: model_type(tmp_path / "llm")):
         with pytest.raises(IsthmusError, match=rf"config\.json.*{word}") as caught:
             read()
         assert "\n" not in str(caught.value)
@@ -190,7 +193,7 @@ def test_an_embedding_that_lacks_rows(
     rows = load_file(model_folder("llama") / "model.safetensors")["model.embed_tokens.weight"].shape
     path = declare(model_folder("llama"), tmp_path / "llm", vocab_size=rows[0] + 2)
     with pytest.raises(IsthmusError, match=r"embed_tokens|lm_head") as caught:
-        LLMSettings(path=path).build()
+        build_llm(LLMSettings(path=path))
     assert f"{tuple(rows)}, and not ({rows[0] + 2}, {rows[1]})" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "REPORT" not in capfd.readouterr().err
@@ -211,10 +214,10 @@ def test_special_tokens_without_rows_matter_where_they_are_used(
     settings = with_tokens(
         model_folder("llama"), tmp_path / "llm", AddedToken("<|audio|>", special=True)
     )
-    llm = settings.build()
+    llm = build_llm(settings)
     assert len(llm.tokenizer) == llm.rows + 1
-    encoder = encoder_settings("fbank").build()
-    projector = LinearProjectorSettings().build(encoder, llm)
+    encoder = build_encoder(encoder_settings("fbank"))
+    projector = build_projector(LinearProjectorSettings(), encoder, llm)
     SpeechLLM(encoder, projector, llm, PaperPrompt())
     llm.tokenizer.chat_template = "<|audio|>" + llm.tokenizer.chat_template
     with pytest.raises(IsthmusError, match=r"prompt\.template uses '<\|audio\|>'.*101 .* 100 rows"):
@@ -228,7 +231,7 @@ def test_ordinary_tokens_without_rows_are_refused(
         model_folder("llama"), tmp_path / "llm", AddedToken("hello"), AddedToken("world")
     )
     with pytest.raises(IsthmusError, match=r"'hello', 'world'.*102 tokens, the model 100 rows"):
-        settings.build()
+        build_llm(settings)
 
 
 def test_more_rows_than_tokens(model_folder: Callable[[str], Path], tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def test_more_rows_than_tokens(model_folder: Callable[[str], Path], tmp_path: Pa
     network.resize_token_embeddings(128)
     shutil.copytree(model_folder("llama"), tmp_path / "llm")
     network.save_pretrained(tmp_path / "llm")
-    llm = LLMSettings(path=str(tmp_path / "llm")).build()
+    llm = build_llm(LLMSettings(path=str(tmp_path / "llm")))
     assert (llm.rows, len(llm.tokenizer)) == (128, 100)
 
 

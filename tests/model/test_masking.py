@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from isthmus.model.encoder import Encoder
+from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.llm import LLM
-from isthmus.model.projector import LinearProjectorSettings
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import BarePrompt, ChatPrompt, PaperPrompt, Prompt, SlamPrompt
 from isthmus.model.speech_llm import IGNORE, SpeechLLM
+from isthmus.settings.projectors import LinearProjectorSettings
 from isthmus.speech.augment import SpecAugment
 
 LoadLLM = Callable[..., LLM]
@@ -23,9 +24,9 @@ PROMPTS = ("Say it.", "", "Write down what you hear.")
 def join(encoder_settings: Callable[[str], Any], load_llm: LoadLLM) -> Callable[..., SpeechLLM]:
     def build(prompt: Prompt | None = None) -> SpeechLLM:
         torch.manual_seed(3)
-        encoder, llm = encoder_settings("conformer").build(), load_llm("llama")
+        encoder, llm = build_encoder(encoder_settings("conformer")), load_llm("llama")
         projector = LinearProjectorSettings(downsample_rate=2, hidden=32)
-        model = SpeechLLM(encoder, projector.build(encoder, llm), llm, prompt or BARE)
+        model = SpeechLLM(encoder, build_projector(projector, encoder, llm), llm, prompt or BARE)
         return model.eval()
 
     return build
@@ -114,7 +115,7 @@ def test_the_longest_prompt_is_counted(join: Callable[..., SpeechLLM]) -> None:
 def test_masks_on_features_reach_the_encoder_in_training_alone(
     name: str, encoder_settings: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder: Encoder = encoder_settings(name).build()
+    encoder: Encoder = build_encoder(encoder_settings(name))
     features, lengths = torch.ones(2, 50, 40), torch.tensor([50, 20])
 
     def masked(seed: int) -> Tensor:

@@ -9,13 +9,8 @@ import pytest
 import torch
 
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import (
-    SHIPPED,
-    PretrainedSettings,
-    freeze,
-    resolve,
-    source,
-)
+from isthmus.model.parts import freeze, resolve, source
+from isthmus.settings.base import SHIPPED, PretrainedSettings
 
 
 def test_a_folder_is_taken_as_it_is(model_folder: Callable[[str], Path]) -> None:

@@ -8,11 +8,14 @@ import torch
 
 from isthmus.errors import IsthmusError
 from isthmus.lab.sizes import preset_parameters
-from isthmus.model.encoder import ConformerSettings, WhisperSettings
-from isthmus.model.llm import LLMSettings
-from isthmus.model.parts import choose_device, on_meta, resolve
-from isthmus.model.presets import PRESETS, find_preset, stand_in_tokenizer
+from isthmus.model.device import choose_device
+from isthmus.model.encoder import build_encoder
+from isthmus.model.llm import build_llm
+from isthmus.model.parts import resolve
+from isthmus.model.presets import PRESETS, find_preset, on_meta, stand_in_tokenizer
 from isthmus.model.prompt import ChatPrompt, PaperPrompt, tokenise
+from isthmus.settings.encoders import ConformerSettings, WhisperSettings
+from isthmus.settings.llms import LLMSettings
 
 # Of model cards and of the papers that present the models; Whisper without its fixed positions.
 PUBLISHED = {
@@ -56,7 +59,7 @@ def test_sizes_are_the_published_ones(name: str) -> None:
 @pytest.mark.parametrize(("layers", "name"), [(18, "conformer:18"), (36, "conformer:36")])
 def test_a_conformer_of_ones_own(layers: int, name: str) -> None:
     with on_meta():
-        encoder = ConformerSettings(path=name).build()
+        encoder = build_encoder(ConformerSettings(path=name))
     assert encoder.dim == 512
     assert encoder.frame_rate == 12.5
     assert encoder.ctc is not None
@@ -65,8 +68,8 @@ def test_a_conformer_of_ones_own(layers: int, name: str) -> None:
 
 def test_no_weight_is_held() -> None:
     with on_meta():
-        llm = LLMSettings(path="lmsys/vicuna-13b-v1.5").build()
-        whisper = WhisperSettings(path="openai/whisper-large-v2").build()
+        llm = build_llm(LLMSettings(path="lmsys/vicuna-13b-v1.5"))
+        whisper = build_encoder(WhisperSettings(path="openai/whisper-large-v2"))
         assert choose_device() == torch.device("meta")
     assert {value.device.type for value in llm.parameters()} == {"meta"}
     assert {value.device.type for value in whisper.parameters()} == {"meta"}
@@ -89,10 +92,10 @@ def test_a_folder_needs_no_weights_in_a_plan(model_folder: Any, tmp_path: Any) -
         if file.suffix != ".safetensors":
             (tmp_path / file.name).write_bytes(file.read_bytes())
     with on_meta():
-        llm = LLMSettings(path=str(tmp_path)).build()
+        llm = build_llm(LLMSettings(path=str(tmp_path)))
     assert llm.dim == 16
     with pytest.raises(IsthmusError, match="no weights"):
-        LLMSettings(path=str(tmp_path)).build()
+        build_llm(LLMSettings(path=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +109,7 @@ def test_a_folder_needs_no_weights_in_a_plan(model_folder: Any, tmp_path: Any) -
 )
 def test_an_unknown_name(name: str, hint: str) -> None:
     with pytest.raises(IsthmusError, match=hint), on_meta():
-        LLMSettings(path=name).build()
+        build_llm(LLMSettings(path=name))
 
 
 def test_names_are_of_two_kinds() -> None:
@@ -128,5 +131,5 @@ def test_a_tokenizer_stands_in() -> None:
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "google/gemma-2b", "bigscience/bloom-560m"])
 def test_it_stands_in_for_every_family(name: str) -> None:
     with on_meta():
-        llm = LLMSettings(path=name).build()
+        llm = build_llm(LLMSettings(path=name))
     assert len(llm.tokenizer.encode("hello to you", add_special_tokens=False)) == 4

@@ -13,12 +13,15 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.model.encoder import Encoder, FBankSettings
-from isthmus.model.llm import LLM, LLMSettings
-from isthmus.model.projector import LinearProjectorSettings, Projector, ProjectorSettings
+from isthmus.model.encoder import Encoder, build_encoder
+from isthmus.model.llm import LLM, build_llm
+from isthmus.model.projector import Projector, build_projector, check_projector
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.units import Units
+from isthmus.settings.encoders import FBankSettings
+from isthmus.settings.llms import LLMSettings
+from isthmus.settings.projectors import LinearProjectorSettings, ProjectorSettings
 
 D, E = 16, 16  # widths of the tiny models
 LENGTHS = [0, 1, 2, 4, 5, 6, 7, 10, 11, 24, 61]
@@ -90,14 +93,14 @@ def settings_of(units_file: Path) -> Settings:
 @pytest.fixture(scope="module")
 def conformer(encoder_settings: Callable[[str], Any]) -> Encoder:
     """Not to be changed."""
-    built: Encoder = encoder_settings("conformer").build().eval()
+    built: Encoder = build_encoder(encoder_settings("conformer")).eval()
     return built
 
 
 @pytest.fixture(scope="module")
 def llama(model_folder: Callable[[str], Path]) -> LLM:
     """Not to be changed."""
-    return LLMSettings(path=str(model_folder("llama"))).build().eval()
+    return build_llm(LLMSettings(path=str(model_folder("llama")))).eval()
 
 
 @pytest.fixture(params=PROJECTORS)
@@ -109,7 +112,7 @@ def projector(
 ) -> Projector:
     """Each projector in turn, behind the tiny Conformer (25 frames a second)."""
     torch.manual_seed(0)
-    built: Projector = settings_of(request.param).build(conformer, llama)
+    built: Projector = build_projector(settings_of(request.param), conformer, llama)
     for value in built.parameters():  # norms and biases with a say
         value.data.add_(0.1 * torch.randn_like(value))
     return built
@@ -165,7 +168,7 @@ def test_without_masks_padding_would_be_heard(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     torch.manual_seed(0)
-    projector = settings_of(name).build(conformer, llama)
+    projector = build_projector(settings_of(name), conformer, llama)
     for module in ("projector", "qformer"):
         monkeypatch.setattr(
             f"isthmus.model.{module}.within",
@@ -206,7 +209,7 @@ def test_learns_four_utterances(
     """By heart, and by ear: with the audio exchanged it is wrong."""
     torch.manual_seed(0)
     llm = load_llm("llama", tune="full")
-    projector = settings_of(name).build(conformer, llm)
+    projector = build_projector(settings_of(name), conformer, llm)
     model = SpeechLLM(conformer, projector, llm, PaperPrompt(), {"llm": "full"})
     frames = [torch.randn(length, D) + 2 * torch.randn(D) for length in (30, 25, 41, 27)]
     texts = ["a", "b", "c", "d"]
@@ -229,7 +232,9 @@ def test_moves_and_copies_with_the_model(
     name: str, settings_of: Settings, conformer: Encoder, llama: LLM
 ) -> None:
     encoder = copy.deepcopy(conformer)
-    model = SpeechLLM(encoder, settings_of(name).build(encoder, llama), llama, PaperPrompt())
+    model = SpeechLLM(
+        encoder, build_projector(settings_of(name), encoder, llama), llama, PaperPrompt()
+    )
     frames = torch.randn(20, D)
     (expected,) = model.project([frames])
     model.encoder.store(torch.bfloat16)  # the CTC head too, which must still be understood
@@ -259,7 +264,7 @@ def millions(encoder_dim: int, llm_dim: int, downsample_rate: int) -> float:
     """Parameters of the projector, in millions as the paper rounds them."""
     with torch.device("meta"):
         settings = LinearProjectorSettings(downsample_rate=downsample_rate)
-        projector = settings.build(ears(encoder_dim), tongue(llm_dim))
+        projector = build_projector(settings, ears(encoder_dim), tongue(llm_dim))
     counted = sum(parameter.numel() for parameter in projector.parameters())
     exact = downsample_rate * encoder_dim * 2048 + 2048 + 2048 * llm_dim + llm_dim
     assert counted == exact
@@ -289,7 +294,9 @@ def test_parameters_of_slam_asr_table_4(
 
 
 def test_is_the_formula_of_the_paper() -> None:
-    projector = LinearProjectorSettings(downsample_rate=2, hidden=8).build(ears(3), tongue(5))
+    projector = build_projector(
+        LinearProjectorSettings(downsample_rate=2, hidden=8), ears(3), tongue(5)
+    )
     frames = torch.randn(1, 4, 3)
     embeddings, _ = projector(frames, torch.tensor([4]))
     assert projector.linear2 is not None
@@ -300,7 +307,9 @@ def test_is_the_formula_of_the_paper() -> None:
 
 
 def test_without_hidden_it_is_one_linear_layer() -> None:
-    projector = LinearProjectorSettings(downsample_rate=3, hidden=None).build(ears(4), tongue(6))
+    projector = build_projector(
+        LinearProjectorSettings(downsample_rate=3, hidden=None), ears(4), tongue(6)
+    )
     assert {name: value.shape for name, value in projector.named_parameters()} == {
         "linear1.weight": (6, 12),
         "linear1.bias": (6,),
@@ -312,12 +321,12 @@ def test_without_hidden_it_is_one_linear_layer() -> None:
 
 def test_stride_in_milliseconds() -> None:
     settings = LinearProjectorSettings(stride_ms=240)
-    assert settings.build(ears(frame_rate=12.5), tongue(4)).downsample_rate == 3
-    assert settings.build(ears(frame_rate=100.0), tongue(4)).downsample_rate == 24
+    assert build_projector(settings, ears(frame_rate=12.5), tongue(4)).downsample_rate == 3
+    assert build_projector(settings, ears(frame_rate=100.0), tongue(4)).downsample_rate == 24
     for rate, near in ((25 / 4, "160, 320, 480"), (25.0, "40, 80, 120"), (50.0, "20, 40, 60")):
         wrong = LinearProjectorSettings(stride_ms=30 if rate > 20 else 170)
         with pytest.raises(IsthmusError, match=rf"projector\.stride_ms is .*{near}"):
-            wrong.check(ears(frame_rate=rate), FBankSettings())
+            check_projector(wrong, ears(frame_rate=rate), FBankSettings())
 
 
 def test_one_stride_is_given() -> None:
@@ -353,15 +362,15 @@ def test_settings_that_cannot_be(values: dict[str, Any], message: str) -> None:
 def test_windows_that_cannot_be(seconds: float, message: str) -> None:
     settings = adapter().validate_python({"type": "qformer", "window_seconds": seconds})
     with pytest.raises(IsthmusError, match=rf"projector\.window_seconds is .*{message}"):
-        settings.check(ears(limit=30.0), FBankSettings())
+        check_projector(settings, ears(limit=30.0), FBankSettings())
 
 
 def test_windows_of_salmonn() -> None:
     """17 frames of Whisper, 30 s in 89 windows."""
     projector = adapter().validate_python({"type": "qformer", "heads": 2, "hidden": 8})
-    assert projector.build(ears(frame_rate=50.0), tongue(4)).window == 17
+    assert build_projector(projector, ears(frame_rate=50.0), tongue(4)).window == 17
     long = adapter().validate_python(
         {"type": "qformer", "window_seconds": 30, "queries": 80, "heads": 2, "hidden": 8}
     )
-    built = long.build(ears(frame_rate=50.0, limit=30.0), tongue(4))
+    built = build_projector(long, ears(frame_rate=50.0, limit=30.0), tongue(4))
     assert built.output_length(1500) == built.output_length(20) == 80

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.model.encoder import Encoder
+from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.llm import LLM
-from isthmus.model.parts import Tune
-from isthmus.model.projector import LinearProjectorSettings
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import BarePrompt, ChatPrompt, PaperPrompt, Prompt, SlamPrompt
 from isthmus.model.speech_llm import IGNORE, SpeechLLM
+from isthmus.settings.base import Tune
+from isthmus.settings.projectors import LinearProjectorSettings
 
 LoadLLM = Callable[..., LLM]
 Waves = Callable[..., Tensor]
@@ -33,10 +34,10 @@ def join(encoder_settings: Callable[[str], Any], load_llm: LoadLLM) -> Join:
         tune: dict[str, Tune] | None = None,
     ) -> SpeechLLM:
         torch.manual_seed(3)
-        encoder = encoder_settings(encoder).build() if isinstance(encoder, str) else encoder
+        encoder = build_encoder(encoder_settings(encoder)) if isinstance(encoder, str) else encoder
         llm = load_llm(llm) if isinstance(llm, str) else llm
         settings = LinearProjectorSettings(downsample_rate=2, hidden=32)
-        projector = settings.build(encoder, llm)
+        projector = build_projector(settings, encoder, llm)
         return SpeechLLM(encoder, projector, llm, prompt or PaperPrompt(), tune)
 
     return build
@@ -206,7 +207,7 @@ def test_a_frozen_encoder_knows_no_autocast(join: Join, waves: Waves) -> None:
 def test_an_encoder_in_half_precision_can_be_trained_whole(
     encoder_settings: Callable[[str], Any], join: Join, waves: Waves
 ) -> None:
-    half = encoder_settings("conformer").build().to(torch.bfloat16)
+    half = build_encoder(encoder_settings("conformer")).to(torch.bfloat16)
     model = join(encoder=half, tune={"encoder": "full"})
     dtypes = {value.dtype for value in model.encoder.buffers() if value.is_floating_point()}
     assert dtypes == {torch.float32}

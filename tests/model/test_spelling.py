@@ -6,24 +6,19 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model.spelling import (
-    BLANK,
-    WORD_BORDER,
-    LetterUnits,
-    SentencePieceUnits,
-    letters_known,
-)
+from isthmus.model.spelling import BLANK, WORD_BORDER, learn_units, letters_known
+from isthmus.settings.conformers import LetterUnits, SentencePieceUnits
 
 TEXTS = ["eins zwei drei vier", "fünf sechs sieben", "one two three four", "müde żółw"] * 20
 
 
 @pytest.fixture(scope="module")
 def pieces() -> PreTrainedTokenizerFast:
-    return SentencePieceUnits(type="sentencepiece", size=60).tokenizer(TEXTS)
+    return learn_units(SentencePieceUnits(type="sentencepiece", size=60), TEXTS)
 
 
 def test_letters_are_what_they_were() -> None:
-    tokenizer = LetterUnits(letters="abc ").tokenizer([])
+    tokenizer = learn_units(LetterUnits(letters="abc "), [])
     assert tokenizer.get_vocab() == {BLANK: 0, "<unk>": 1, "a": 2, "b": 3, "c": 4, " ": 5}
     assert tokenizer.encode("a cab", add_special_tokens=False) == [2, 5, 4, 2, 3]
     assert letters_known(tokenizer) == set("abc ")  # none of the blank's own name
@@ -46,12 +41,12 @@ def test_pieces_spell_the_texts_and_begin_words(pieces: PreTrainedTokenizerFast)
 
 def test_pieces_are_shorter_than_letters() -> None:
     texts = ["international information station nation"] * 50
-    tokenizer = SentencePieceUnits(type="sentencepiece", size=40).tokenizer(texts)
+    tokenizer = learn_units(SentencePieceUnits(type="sentencepiece", size=40), texts)
     assert len(tokenizer.encode(texts[0], add_special_tokens=False)) < len(texts[0]) / 2
 
 
 def test_the_order_of_pieces_is_not_chance(pieces: PreTrainedTokenizerFast) -> None:
-    pieces_again = SentencePieceUnits(type="sentencepiece", size=60).tokenizer(TEXTS[::-1])
+    pieces_again = learn_units(SentencePieceUnits(type="sentencepiece", size=60), TEXTS[::-1])
     assert pieces_again.get_vocab() == pieces.get_vocab()
 
 
@@ -66,4 +61,4 @@ def test_they_are_kept(pieces: PreTrainedTokenizerFast, tmp_path: Path) -> None:
 
 def test_too_few_units_for_the_letters() -> None:
     with pytest.raises(IsthmusError, match=r"units\.size is 8, but the texts have \d+ letters"):
-        SentencePieceUnits(type="sentencepiece", size=8).tokenizer(TEXTS)
+        learn_units(SentencePieceUnits(type="sentencepiece", size=8), TEXTS)

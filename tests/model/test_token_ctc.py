@@ -1,17 +1,19 @@
 """CTC over the LLM's own tokens: its loss and gradients, and the soft tokens it makes."""
 
+import re
 from collections.abc import Callable
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from isthmus.errors import IsthmusError
 from isthmus.model import token_ctc
 from isthmus.model.ctc_head import collapsed
 from isthmus.model.llm import LLM
-from isthmus.model.posterior import PosteriorProjector
+from isthmus.model.posterior import MIXED, PosteriorProjector
 from isthmus.model.projector_base import Projector
 from isthmus.model.token_ctc import TokenCTC, needed_embeddings
 
@@ -162,6 +164,48 @@ def test_soft_tokens_are_the_tokens_where_they_are_sure(llm: LLM, ctc: TokenCTC)
     assert count.tolist() == [4]
     expected = llm.embed(torch.tensor([5, 5, 9, 20])).float()
     torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+class Operations(TorchDispatchMode):
+    """Which operations of torch run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, own: Any, types: Any, given: Any = (), named: Any = None) -> Any:
+        self.names.add(own.overloadpacket.__name__)
+        return own(*given, **(named or {}))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.7])
+def test_soft_tokens_and_their_gradient_by_hand(
+    llm: LLM, ctc: TokenCTC, temperature: float
+) -> None:
+    """Means over runs, summed in order: what is scattered on a GPU is another sum each time."""
+    projector = PosteriorProjector(Given(), ctc)
+    projector.temperature = temperature
+    runs = torch.tensor([0, 0, 1, 2, 2, 2])
+    embeddings = (said(llm, ctc, [5, 5, 9, 20, 20, 20]) / 800).requires_grad_()
+    with Operations() as ran:
+        [found], count = projector(embeddings[None], torch.tensor([6]))
+        slope = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
+        (gradient,) = torch.autograd.grad((found * slope).sum(), embeddings)
+    assert count.tolist() == [3]
+    assert "segment_reduce" in ran.names
+    assert not {name for name in ran.names if re.match("index_add|scatter", name)}
+    table = cast(nn.Embedding, llm.network.get_input_embeddings()).weight.detach()
+    probs = (ctc.log_probs(embeddings.detach()).detach() / temperature).softmax(dim=1)
+    weights, tokens = probs[:, :-1].topk(MIXED, dim=1)
+    own = llm.embed(tokens).detach()  # (A, C, E), which some LLMs scale
+    total = torch.zeros(3).index_add(0, runs, weights.sum(dim=1))[:, None]
+    expected = torch.zeros(3, llm.dim).index_add(0, runs, (weights[..., None] * own).sum(1)) / total
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    away = (own - expected[runs][:, None]) @ slope[runs][:, :, None]  # (A, C, 1)
+    pulls = (weights[..., None] * away * table[tokens]).sum(1)
+    by_hand = pulls / total[runs] * ctc.scale / temperature
+    assert by_hand.norm() > 1e-3
+    torch.testing.assert_close(gradient, by_hand, atol=1e-6, rtol=1e-4)
 
 
 def test_silence_is_one_soft_token(llm: LLM, ctc: TokenCTC) -> None:

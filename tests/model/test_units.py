@@ -10,11 +10,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.model.compressor import CTCProjector, CTCProjectorSettings, Mode
+from isthmus.model.compressor import CTCProjector
 from isthmus.model.ctc_head import TransformersHead
-from isthmus.model.encoder import ConformerSettings, Encoder
+from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.llm import LLM
-from isthmus.model.units import UnitProjector, UnitProjectorSettings, Units, files_digest, nearest
+from isthmus.model.parts import sources
+from isthmus.model.projector import build_projector, check_projector
+from isthmus.model.units import UnitProjector, Units, files_digest, nearest
+from isthmus.settings.encoders import ConformerSettings
+from isthmus.settings.projectors import CTCMode, CTCProjectorSettings, UnitProjectorSettings
 
 SettingsOf = Callable[[str], Any]
 
@@ -29,7 +33,7 @@ class Head(TransformersHead):
         return frames.log_softmax(dim=-1)
 
 
-def compress(mode: Mode, labels: list[int]) -> Tensor:
+def compress(mode: CTCMode, labels: list[int]) -> Tensor:
     """What the compressor makes of frames with these labels, before its linear layers."""
     projector = CTCProjector(Head(), (3, 3), 4, mode)
     frames = nn.functional.one_hot(torch.tensor(labels), 3).float()
@@ -50,7 +54,7 @@ def test_frames_of_the_blank_are_dropped() -> None:
 
 
 @pytest.mark.parametrize("mode", ["average", "drop"])
-def test_nothing_but_blanks_is_one_embedding(mode: Mode) -> None:
+def test_nothing_but_blanks_is_one_embedding(mode: CTCMode) -> None:
     torch.testing.assert_close(compress(mode, [0, 0, 0]), torch.tensor([[2.0, 0, 0]]))
 
 
@@ -58,10 +62,10 @@ def test_nothing_but_blanks_is_one_embedding(mode: Mode) -> None:
 def test_labels_are_those_of_the_encoders_head(
     name: str, encoder_settings: SettingsOf, load_llm: Callable[..., LLM], waves: Any
 ) -> None:
-    encoder = encoder_settings(name).build().eval()
+    encoder = build_encoder(encoder_settings(name)).eval()
     settings = CTCProjectorSettings(hidden=8)
-    settings.check(encoder, encoder_settings(name))
-    projector = settings.build(encoder, load_llm("llama"))
+    check_projector(settings, encoder, encoder_settings(name))
+    projector = build_projector(settings, encoder, load_llm("llama"))
     with torch.no_grad():
         frames, lengths = encoder(waves(40_000)[None], torch.tensor([40_000]))
         path = encoder.ctc.log_probs(frames)[0].argmax(dim=1)[: int(lengths)]
@@ -73,13 +77,13 @@ def test_labels_are_those_of_the_encoders_head(
 def test_an_encoder_without_a_head_is_refused(encoder_settings: SettingsOf) -> None:
     settings = encoder_settings("whisper")
     with pytest.raises(IsthmusError, match=r"no CTC head.*pretrain-ctc"):
-        CTCProjectorSettings().check(settings.build(), settings)
+        check_projector(CTCProjectorSettings(), build_encoder(settings), settings)
 
 
 def test_a_head_that_is_left_behind_warns(encoder_settings: SettingsOf) -> None:
     settings = encoder_settings("conformer").model_copy(update={"tune": "full"})
     with pytest.warns(UserWarning, match=r"encoder\.tune is full: its CTC head"):
-        CTCProjectorSettings().check(settings.build(), settings)
+        check_projector(CTCProjectorSettings(), build_encoder(settings), settings)
 
 
 # --- units
@@ -87,7 +91,7 @@ def test_a_head_that_is_left_behind_warns(encoder_settings: SettingsOf) -> None:
 
 def units_of(settings: ConformerSettings, file: Path, **changes: Any) -> UnitProjectorSettings:
     """Random units of an encoder, in a file."""
-    sha256 = changes.get("sha256", files_digest(settings.sources()))
+    sha256 = changes.get("sha256", files_digest(sources(settings)))
     Units(torch.randn(5, changes.get("dim", 16)), settings.path, sha256).save(file)
     return UnitProjectorSettings(path=str(file))
 
@@ -117,7 +121,7 @@ def test_the_table_is_like_the_llms_embeddings(
     with torch.no_grad():
         llm.network.get_input_embeddings().weight.mul_(0.1).add_(7.0)
     units = units_of(settings, tmp_path / "u.safetensors")
-    table = units.build(settings.build(), llm).units.weight
+    table = build_projector(units, build_encoder(settings), llm).units.weight
     assert (table - 7.0).abs().mean() < 0.2
     assert 0.01 < table.std() < 0.1
 
@@ -126,21 +130,21 @@ def test_units_of_another_encoder_are_refused(
     encoder_settings: SettingsOf, load_llm: Callable[..., LLM], tmp_path: Path
 ) -> None:
     settings, file = encoder_settings("conformer"), tmp_path / "u.safetensors"
-    encoder: Encoder = settings.build()
-    units_of(settings, file).check(encoder, settings)
+    encoder: Encoder = build_encoder(settings)
+    check_projector(units_of(settings, file), encoder, settings)
     with pytest.raises(IsthmusError, match=r"projector\.path: .*another SHA-256"):
-        units_of(settings, file, sha256="0" * 64).check(encoder, settings)
+        check_projector(units_of(settings, file, sha256="0" * 64), encoder, settings)
     with pytest.raises(IsthmusError, match=r"frames 7 wide.*frames 16 wide"):
-        units_of(settings, file, dim=7).build(encoder, load_llm("llama"))
+        build_projector(units_of(settings, file, dim=7), encoder, load_llm("llama"))
     trained = settings.model_copy(update={"tune": "full"})
     with pytest.raises(IsthmusError, match=r"encoder\.tune"):
-        units_of(settings, file).check(encoder, trained)
+        check_projector(units_of(settings, file), encoder, trained)
 
 
 def test_a_file_that_is_none_of_units(tmp_path: Path) -> None:
     file = tmp_path / "u.safetensors"
     with pytest.raises(IsthmusError, match=r"there is no file .*isthmus units RECIPE --output"):
-        UnitProjectorSettings(path=str(file)).sources()
+        sources(UnitProjectorSettings(path=str(file)))
     file.write_bytes(b"\0" * 100)
     with pytest.raises(IsthmusError, match=r"cannot be read as a file of units.*isthmus units"):
         Units.load(file)

@@ -18,9 +18,11 @@ from safetensors.torch import load_file, save_file
 from isthmus import files
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.model import weights
-from isthmus.model.llm import LLM, LLMSettings
+from isthmus.model.encoder import build_encoder
+from isthmus.model.llm import LLM, build_llm
 from isthmus.model.parts import resolve, source
 from isthmus.model.weights import require_finite, sha256
+from isthmus.settings.llms import LLMSettings
 from tests.layouts import PICKLED, SAFE, Trap, state_of, without_weights, write_layout
 
 ModelFolder = Callable[[str], Path]
@@ -47,7 +49,7 @@ def laid_out(model_folder: ModelFolder, tmp_path: Path, cache: Path) -> Callable
 
 
 def load(folder: Path) -> LLM:
-    return LLMSettings(path=str(folder)).build()
+    return build_llm(LLMSettings(path=str(folder)))
 
 
 def assert_same(found: LLM, expected: LLM) -> None:
@@ -85,8 +87,8 @@ def test_an_encoder_of_pickles(
     settings = encoder_settings("hubert-layer")
     batch = waves(16_000)[None], torch.tensor([16_000])
     with torch.no_grad():
-        expected, _ = settings.build().eval()(*batch)
-        found, _ = settings.model_copy(update={"path": str(folder)}).build().eval()(*batch)
+        expected, _ = build_encoder(settings).eval()(*batch)
+        found, _ = build_encoder(settings.model_copy(update={"path": str(folder)})).eval()(*batch)
     assert torch.equal(found, expected)
     assert len(copies(cache)) == 1
 

@@ -4,11 +4,11 @@ import io
 import pickle
 import shutil
 import struct
-import sys
 import tempfile
 from pathlib import Path
 from typing import get_args
 
+import av
 import numpy as np
 import pytest
 import soundfile
@@ -140,13 +140,16 @@ def test_a_few_missing_samples_are_forgiven() -> None:
     assert code_of(whole[:-1_000]) == "truncated"  # 31 ms
 
 
-def test_wav_from_a_pipe_does_not_know_its_length() -> None:
-    data = bytearray(encoded(noise(0.5), subtype="PCM_16"))
-    data[40:44] = b"\xff\xff\xff\xff"
-    assert len(load_audio(bytes(data))) == 8_000
+@pytest.mark.parametrize(
+    "size", [0, 1_000, 1 << 30, 0x7FFF_FFDB, 0x7FFF_FFFF, 1 << 31, 0xFFFF_FFD3, 0xFFFF_FFFF]
+)
+def test_size_of_a_wav_that_is_unknown_or_too_small_is_not_believed(size: int) -> None:
+    data = patched_wav(40, "<I", size)
+    np.testing.assert_array_equal(load_audio(data), load_audio(patched_wav(36, "4s", b"data")))
+    assert audio_info(data).duration == 0.5
 
 
-def patched_wav(offset: int, form: str, value: int) -> bytes:
+def patched_wav(offset: int, form: str, value: int | bytes) -> bytes:
     data = bytearray(encoded(noise(0.5), subtype="PCM_16"))
     struct.pack_into(form, data, offset, value)
     return bytes(data)
@@ -166,11 +169,11 @@ def with_sample(value: float) -> bytes:
         (b"this is no audio at all " * 99, {"unreadable"}),
         (bytes(5_000), {"unreadable"}),
         (encoded(noise(0.0)), {"empty"}),
-        (patched_wav(40, "<I", 0xFFFFFFF0), {"truncated"}),
+        (patched_wav(40, "<I", 300_000_000), {"truncated"}),
         (patched_wav(24, "<I", 0), {"bad_rate", "unreadable"}),
         (patched_wav(24, "<I", 1), {"bad_rate"}),
         (patched_wav(24, "<I", 655_350), {"bad_rate"}),
-        (patched_wav(22, "<H", 0), {"no_channels", "unreadable"}),
+        (patched_wav(22, "<H", 0), {"no_channels", "unreadable", "empty"}),
         (encoded(noise(0.01, channels=65)), {"too_many_channels"}),
         (encoded(noise(0.01, channels=255)), {"too_many_channels"}),
         (with_sample(float("nan")), {"non_finite"}),
@@ -184,7 +187,7 @@ def with_sample(value: float) -> bytes:
         "text",
         "zeros",
         "no-samples",
-        "claims-4-GiB",
+        "claims-300-MB",
         "rate-0",
         "rate-1",
         "rate-655350",
@@ -238,7 +241,6 @@ def m4a(
     samples: np.ndarray, *, form: str = "ipod", codec: str = "aac", live: bool = False
 ) -> bytes:
     """`samples` (n, 1) in a container that needs PyAV."""
-    av = pytest.importorskip("av")
     # A file, not a stream: to put the index first, the muxer opens its output once more.
     path = Path(tempfile.mkdtemp()) / "audio"
     options = {"live": "1"} if live else {"movflags": "faststart"}
@@ -269,16 +271,7 @@ def test_m4a_goes_through_pyav_and_its_truncation_shows() -> None:
     assert code_of(data[: len(data) // 2]) == "truncated"
 
 
-def test_without_pyav_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    data = m4a(noise(0.2))
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(AudioError, match=r"isthmus\[media\]") as caught:
-        load_audio(data)
-    assert caught.value.code == "unreadable"
-
-
 def test_playlist_reaches_no_other_file(tmp_path: Path) -> None:
-    pytest.importorskip("av")
     (tmp_path / "secret.wav").write_bytes(encoded(noise(0.2)))
     listing = f"ffconcat version 1.0\nfile '{tmp_path / 'secret.wav'}'\n"
     (tmp_path / "a.ffconcat").write_text(listing)

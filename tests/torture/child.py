@@ -21,8 +21,8 @@ from isthmus import files
 from isthmus.cli import main
 from isthmus.errors import IsthmusError
 from isthmus.files import verify_folder
-from isthmus.recipe_settings import TrainSettings
-from isthmus.training.checkpoint import newest_checkpoint
+from isthmus.runs.checkpoint import newest_checkpoint
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.training.loop import CHECKPOINTS, METRICS, Loss, fit
 
 Work = Callable[[Path], Callable[[], object]]  # run folder -> what a process does

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from isthmus.errors import RetryLater
 from isthmus.files import MANIFEST, FolderLock, observers, verify_folder
-from isthmus.training import checkpoint
-from isthmus.training.checkpoint import (
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import (
     STATE,
     WEIGHTS,
     Progress,

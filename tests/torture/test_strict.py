@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from isthmus.build import build_model
 from isthmus.decoding.recogniser import Speech
 from isthmus.decoding.transcriber import Transcriber
 from isthmus.decoding.transcript import Segment
@@ -28,7 +29,7 @@ def transcriber(model_folder: Callable[[str], Path]) -> Transcriber:
         }
     )
     torch.manual_seed(0)
-    return Transcriber(recipe.build(), recipe.decode)
+    return Transcriber(build_model(recipe), recipe.decode)
 
 
 def test_no_company_changes_a_bit(

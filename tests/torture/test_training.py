@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from isthmus.training import checkpoint, loop
-from isthmus.training.checkpoint import WEIGHTS, Progress, checkpoints
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import WEIGHTS, Progress, checkpoints
+from isthmus.training import loop
 from isthmus.training.loop import CHECKPOINTS
 from tests.torture.child import (
     KILL,

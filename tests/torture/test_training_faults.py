@@ -27,8 +27,9 @@ from torch import Tensor
 from isthmus import files
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.recipe import load_recipe
-from isthmus.training import checkpoint, runs
-from isthmus.training.checkpoint import OPTIMISER, WEIGHTS, checkpoints
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import OPTIMISER, WEIGHTS, checkpoints
+from isthmus.training import runs
 from isthmus.training.loop import BEST, CHECKPOINTS, METRICS, Loss, fit
 from tests.torture.child import (
     HANGS,

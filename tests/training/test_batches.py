@@ -8,7 +8,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isthmus.recipe_settings import JoinSettings, TrainSettings
+from isthmus.settings.datasets import JoinSettings
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.speech.augment import Augmentation, Gain
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import Budget, SpeechData, collate, join_utterances, plan_epoch

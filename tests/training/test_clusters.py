@@ -11,11 +11,13 @@ import soundfile
 import torch
 import yaml
 
+from isthmus.build import build_model
 from isthmus.errors import IsthmusError
+from isthmus.model.parts import sources
 from isthmus.model.units import Units, files_digest
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
+from isthmus.runs.loading import load_run
 from isthmus.training.clusters import kmeans, make_units
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import Opening, train
 
 SMALL = {"heads": 2, "hidden": 8}
@@ -78,16 +80,14 @@ def test_units_are_made_of_training_data_and_trained_with(
     written.write_text(dump_recipe(settings))
     code, out, _ = isthmus("units", written, "--clusters", 6, "--output", file, "--json")
     assert code == 0
-    frames = sum(
-        Recipe.build(recipe({})).encoder.output_length(16_000 + 1600 * i) for i in range(3)
-    )
+    frames = sum(build_model(recipe({})).encoder.output_length(16_000 + 1600 * i) for i in range(3))
     assert json.loads(out) == {"file": str(file), "clusters": 6, "frames": frames}
     make_units(settings, other, 6)
     assert file.read_bytes() == other.read_bytes()
     units = Units.load(file)
     assert units.centroids.shape == (6, 16)
-    assert units.sha256 == files_digest(settings.encoder.sources())
-    assert settings.build().projector.output_length(7) == 7
+    assert units.sha256 == files_digest(sources(settings.encoder))
+    assert build_model(settings).projector.output_length(7) == 7
     with pytest.raises(IsthmusError, match=r"exists\. Name another file"):
         make_units(settings, file, 6)
     with pytest.raises(IsthmusError, match=f"gives {frames} frames, too few for 1000 units"):
@@ -139,7 +139,9 @@ def test_a_run_with_each_projector(
     model, again = load_run(run)
     assert again.projector.type == name
     torch.manual_seed(0)
-    untrained = chosen.model_copy(update={"projector": again.projector}).build().projector.eval()
+    untrained = build_model(
+        chosen.model_copy(update={"projector": again.projector})
+    ).projector.eval()
     state = model.projector.state_dict()
     assert state.keys() == untrained.state_dict().keys()
     torch.manual_seed(1)
@@ -170,7 +172,7 @@ def test_a_run_knows_its_units(recipe: Callable[..., Recipe], tmp_path: Path) ->
 def test_what_does_not_fit_is_said_before_the_llm_is_loaded(recipe: Callable[..., Recipe]) -> None:
     chosen = recipe({"stride_ms": 50}, llm={"path": "nowhere/to-be-found"})
     with pytest.raises(IsthmusError, match=r"projector\.stride_ms is 50"):
-        chosen.build()
+        build_model(chosen)
 
 
 def test_a_run_knows_both_encoders(

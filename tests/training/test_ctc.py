@@ -7,11 +7,11 @@ import pytest
 import soundfile
 import torch
 
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.features import LogMelSettings
+from isthmus.model.conformer import ConformerCTC
 from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import CTCRecipe
-from isthmus.recipe_settings import CTCDataSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
+from isthmus.settings.datasets import CTCDataSettings
 from isthmus.speech.augment import SpecAugment
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import SpeechData

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe_settings import TrainSettings
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.speech.augment import Augmentation, Gain
 from isthmus.speech.corpora import read_corpus
 from isthmus.training.batches import SpeechData

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
-from isthmus.recipe_settings import TrainSettings
+from isthmus.runs.checkpoint import checkpoints
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.training import loop
-from isthmus.training.checkpoint import checkpoints
 from isthmus.training.loop import (
     BEST,
     CHECKPOINTS,

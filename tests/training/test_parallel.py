@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 from isthmus import files
 from isthmus.errors import IsthmusError
-from isthmus.recipe_settings import TrainSettings
-from isthmus.training.checkpoint import checkpoints
+from isthmus.runs.checkpoint import checkpoints
+from isthmus.settings.optimisation import TrainSettings
 from isthmus.training.loop import CHECKPOINTS, METRICS, Loss, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.stream import dev_orders, orders

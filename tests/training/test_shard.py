@@ -13,13 +13,15 @@ from torch.distributed.tensor import DTensor
 
 from isthmus.decoding.beam import beam_search
 from isthmus.errors import IsthmusError
+from isthmus.model.encoder import build_encoder
 from isthmus.model.layers import checkpoint_layers, decoder_layers
 from isthmus.model.llm import LLM
-from isthmus.model.parts import Tune
-from isthmus.model.projector import LinearProjectorSettings
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.quantise import quantise
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.settings.base import Tune
+from isthmus.settings.projectors import LinearProjectorSettings
 from isthmus.training import parallel
 from isthmus.training.parallel import Ranks
 
@@ -33,13 +35,15 @@ def speech_llm(encoder_settings: Callable[[str], Any], load_llm: Callable[..., L
 
     def build(tune: Tune, int8: bool = False) -> SpeechLLM:
         torch.manual_seed(3)
-        encoder, llm = encoder_settings("conformer").build(), load_llm("llama", tune=tune)
+        encoder, llm = build_encoder(encoder_settings("conformer")), load_llm("llama", tune=tune)
         for name, value in llm.named_parameters():
             if "lora_B" in name:  # zero at first, and then the other has no gradient
                 nn.init.normal_(value, std=0.3)
         if int8:
             quantise(llm.network.requires_grad_(False), "int8")
-        projector = LinearProjectorSettings(downsample_rate=2, hidden=32).build(encoder, llm)
+        projector = build_projector(
+            LinearProjectorSettings(downsample_rate=2, hidden=32), encoder, llm
+        )
         return SpeechLLM(encoder, projector, llm, PaperPrompt(), {"llm": tune}).eval()
 
     return build

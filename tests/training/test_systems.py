@@ -15,7 +15,9 @@ from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
 from isthmus.lab.synthesis import Voice, speak
 from isthmus.model import fetch
-from isthmus.training.folder import (
+from isthmus.recipe import dump_recipe, load_recipe
+from isthmus.recipe_files import parse_yaml
+from isthmus.runs.folder import (
     BASE,
     SHIPPED_RUNS,
     TINY,
@@ -131,6 +133,34 @@ def test_parts_of_another_version_are_refused_with_the_difference(base: Path) ->
     assert "0" * 64 in str(raised.value)
     assert now in str(raised.value)
     assert "model.safetensors" not in str(raised.value)
+
+
+@pytest.mark.parametrize("file", ["recipe.yaml", "config.json", "model/config.json"])
+def test_a_folder_named_like_a_shipped_system_is_told(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    file: str,
+) -> None:
+    """Once, and how to name each; who names no system hears nothing."""
+    monkeypatch.chdir(tmp_path)
+    for name in SHIPPED_RUNS:
+        shutil.copytree(base, name)
+        (tmp_path / name / "recipe.yaml").rename(tmp_path / name / "recipe")
+        (tmp_path / name / "model").mkdir()
+        (tmp_path / name / "recipe").rename(tmp_path / name / file)
+    bring_parts(tmp_path)
+    assert local_system("default") == base
+    assert not caplog.records
+    for name, shipped in SHIPPED_RUNS.items():
+        assert local_system(name) == local_run(name) == shipped
+        assert str(local_system(f"./{name}")).startswith(name)
+    line = "{0} is the system that ships with isthmus; the folder here is named ./{0}."
+    assert caplog.messages == [line.format(name) for name in SHIPPED_RUNS]
+    recipe = load_recipe("tiny/quickstart", ["start_from=[tiny, ./tiny]"])
+    stored = parse_yaml(dump_recipe(recipe))
+    assert stored["start_from"] == ["tiny", str(tmp_path / "tiny")]
 
 
 def test_a_run_that_went_on_from_another_is_no_pretraining(base: Path) -> None:

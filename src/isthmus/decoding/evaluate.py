@@ -12,20 +12,21 @@ from typing import Any
 from lhotse.cut import Cut
 
 from isthmus.decoding.calibration import Calibration, calibrate
-from isthmus.decoding.pretrained import CTCRecogniser
 from isthmus.decoding.recogniser import Recogniser
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.model.parts import Source
 from isthmus.scoring import LanguageScores, SetScores, score_languages, score_sets
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring.normalise import has_marks
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus, scorable
-from isthmus.speech.cuts import FAULT
-from isthmus.training.batches import transcript
-from isthmus.training.languages import language
+from isthmus.speech.cuts import (
+    FAULT,
+    language,
+    transcript,
+)
 
 OnBatch = Callable[[int, int], None]  # utterances done, of how many
 log = logging.getLogger(__name__)
@@ -50,8 +51,10 @@ class Evaluation:
     settings: dict[str, Any]
     # of each set, by reason: lines without a transcript to score by, which count for nothing
     left_out: dict[str, Counter[str]] = field(default_factory=dict)
+    chunk_seconds: float | None = None  # that the recogniser decodes as one, at most
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
     languages: LanguageScores | None = None  # where there are several
+    ears: Source | None = None  # the run whose ears heard, if not its own
 
     @property
     def unheard(self) -> dict[str, Counter[str]]:
@@ -82,6 +85,8 @@ class Evaluation:
             "left_out": self.left_out,
             "unheard": self.unheard,
             "decode": self.settings,
+            "chunk_seconds": self.chunk_seconds,
+            "ears": self.ears.to_dict() if self.ears else None,
             "feature_cache": self.feature_cache,
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "audio_seconds": audio,
@@ -142,7 +147,9 @@ def evaluate(
     _warn_of_marks(decoded, normaliser)
     settings = recogniser.settings.model_dump(mode="json")
     cache = recogniser.cache.precision if recogniser.cache else "none"
-    return Evaluation(decoded, scores, settings, left_out, cache, languages)
+    return Evaluation(
+        decoded, scores, settings, left_out, recogniser.longest, cache, languages, recogniser.ears
+    )
 
 
 def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> None:
@@ -163,28 +170,13 @@ def check_ctc(recogniser: Recogniser) -> None:
         raise IsthmusError(f"No CTC to score: {recogniser.without_ctc}. Leave out --ctc.")
 
 
-def ctc_scores(recogniser: Recogniser, evaluation: Evaluation) -> SetScores:
-    """What a recogniser's CTC head alone hears in the utterances of an evaluation, by best path.
+def ctc_scores(evaluation: Evaluation) -> SetScores:
+    """What the recogniser's CTC head alone heard in an evaluation, by best path.
 
-    Those too long for the recogniser are heard in the same chunks as it heard them.
+    In the same chunks, and nothing where the recogniser found that nobody speaks.
     """
-    check_ctc(recogniser)
-    settings = RecogniserSettings(
-        batch_size=recogniser.settings.batch_size,
-        gate=recogniser.settings.gate,
-        chunk_seconds=recogniser.longest,
-    )
-    assert recogniser.encoder is not None
-    alone = CTCRecogniser(recogniser.encoder, settings, recogniser.ctc)
-    decoded: dict[str, list[Decoded]] = {}
-    for name, items in evaluation.sets.items():
-        cuts = [item.cut for item in items if not item.fault]
-        decoded[name] = [item for item in items if item.fault]
-        for result in alone.results(cuts):
-            if isinstance(result.found, IsthmusError):
-                raise result.found  # it was heard a moment ago
-            decoded[name].append(Decoded(cuts[result.index], result.found, result.seconds))
-    return _scores(decoded, evaluation.scores.pooled.normaliser)
+    normaliser = evaluation.scores.pooled.normaliser
+    return _scores(evaluation.sets, normaliser, lambda heard: heard.ctc_text)
 
 
 def load_sets(corpora: Sequence[str]) -> tuple[dict[str, list[Cut]], dict[str, Counter[str]]]:
@@ -234,11 +226,15 @@ def _reason(item: Decoded) -> str:
     return item.fault.code if isinstance(item.fault, AudioError) else "unusable"
 
 
-def _scores(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> SetScores:
+def _scores(
+    decoded: Mapping[str, Sequence[Decoded]],
+    normaliser: str,
+    text: Callable[[Transcript], str] = lambda heard: heard.text,
+) -> SetScores:
     sets = {
         name: (
             {item.cut.id: transcript(item.cut) for item in items},
-            {item.cut.id: item.transcript.text for item in items if not item.fault},
+            {item.cut.id: text(item.transcript) for item in items if not item.fault},
         )
         for name, items in decoded.items()
     }

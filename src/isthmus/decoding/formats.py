@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 from isthmus.decoding.transcript import Segment, Transcript, Word, gap, words_of
 from isthmus.errors import IsthmusError, suggest
 from isthmus.files import write_atomic
+from isthmus.speech.formats import audio_files
 
 LONG_PAUSE = 3.0  # seconds from one word's start to the next one's, where flowing lines end a cue
 LINE_BREAKS = re.compile(r"\s*[\n\r\v\f\x1c-\x1e\x85\u2028\u2029]\s*")
@@ -128,22 +129,49 @@ RENDERERS: dict[str, Callable[[Transcript, Layout], str]] = {
 }
 
 
-def check_outputs(
-    audio: Iterable[str | Path],
-    output_format: str = "all",
-    output_dir: str | Path | None = None,
-) -> None:
-    """Call before anything is decoded.
+def outputs(
+    audio: Sequence[str], output_format: str = "all", output_dir: Path | None = None
+) -> list[tuple[str, Path]]:
+    """Recordings, each with the folder that its files are written to.
+
+    A folder stands for the recordings in it and below, whose files go beside them, or else into the
+    same places below `output_dir`; those of others go into `output_dir`, or else here.
+
+    Raises IsthmusError for a folder without recordings, for an unknown format, and where what was
+    there before, such as transcripts, would be written over beside the recordings of a folder.
+    """
+    kinds, found = _formats(output_format), list[tuple[str, Path]]()
+    for name in audio:
+        place = Path(name).expanduser()
+        if not place.is_dir():
+            found.append((name, output_dir or Path()))
+            continue
+        files = audio_files(place)
+        if not files:
+            raise IsthmusError(f"{name}: no recordings in it. Name a folder that has some.")
+        if output_dir is None:
+            written = [file.with_name(f"{file.stem}.{kind}") for file in files for kind in kinds]
+            there = next(filter(Path.exists, written), None)
+            if there is not None:
+                raise IsthmusError(f"{there} exists. Name another folder with --output-dir.")
+            found += [(str(file), file.parent) for file in files]
+        else:
+            found += [(str(one), output_dir / one.parent.relative_to(place)) for one in files]
+    return found
+
+
+def check_outputs(audio: Iterable[tuple[str, Path]], output_format: str = "all") -> None:
+    """Call before anything is decoded, with recordings and the folders their files go to.
 
     Raises IsthmusError for an unknown format, where two outputs would be one file, and for a folder
     that cannot be written.
     """
     _formats(output_format)
-    if output_dir is not None:
-        check_folder(output_dir)
-    by_stem: dict[str, str] = {}
-    for one in map(str, audio):
-        other = by_stem.setdefault(Path(one).stem, one)
+    by_stem: dict[Path, str] = {}
+    for one, folder in audio:
+        if not any(path.parent == folder for path in by_stem):
+            check_folder(folder)
+        other = by_stem.setdefault(folder / Path(one).stem, one)
         if other != one:
             raise IsthmusError(
                 f"{other} and {one} would both be written to {Path(one).stem}.*. Transcribe them "

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from isthmus.errors import IsthmusError
-from isthmus.speech.audio import AudioError, audio_info
+from isthmus.speech.audio import AudioError, Recording, audio_info
 from isthmus.speech.formats import recognise
 from isthmus.speech.utterances import find_corpus
 
@@ -27,11 +27,11 @@ def are_corpora(names: Sequence[str]) -> bool:
     return True in kinds
 
 
-def recording_seconds(audio: str | Path | bytes) -> float:
-    """Its length as its header says; raises AudioError for what cannot be transcribed."""
-    seconds = audio_info(audio).duration
+def recording_seconds(audio: str | Path | bytes | Recording) -> float:
+    """Its length by its header or an estimate; raises AudioError for what cannot be transcribed."""
+    seconds = audio_info(audio, exact=False).duration
     if seconds > LONGEST_SECONDS:
-        name = f"audio of {len(audio)} bytes" if isinstance(audio, bytes) else audio
+        name = audio if isinstance(audio, Recording) else Recording(audio)
         raise AudioError(
             "too_long",
             f"{name}: unpacks to {seconds / 3600:.0f} hours; a recording has "
@@ -40,7 +40,7 @@ def recording_seconds(audio: str | Path | bytes) -> float:
     return seconds
 
 
-def audio_faults(audio: Sequence[str | bytes]) -> dict[int, AudioError]:
+def audio_faults(audio: Sequence[str | bytes | Recording]) -> dict[int, AudioError]:
     """What is wrong with recordings by their headers, by their place in `audio`."""
     faults: dict[int, AudioError] = {}
     for index, one in enumerate(audio):

@@ -34,19 +34,23 @@ from isthmus.decoding.transcriber import run_folder
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import discard, read_json, write_atomic
+from isthmus.model.device import choose_device, on_device
 from isthmus.model.parts import source
 from isthmus.model.weights import sha256
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.runs.checkpoint import WEIGHTS
+from isthmus.runs.folder import DEFAULT, RECIPE, default_system, holds_run
+from isthmus.runs.folder import PARTS as FROZEN
+from isthmus.runs.loading import trained_weights
+from isthmus.settings.search import RecogniserSettings
 from isthmus.speech.audio import AudioError
 from isthmus.speech.corpora import read_corpus
-from isthmus.speech.cuts import FAULT, ORIGIN
+from isthmus.speech.cuts import (
+    FAULT,
+    ORIGIN,
+    language,
+)
 from isthmus.speech.utterances import same_id
-from isthmus.training.checkpoint import WEIGHTS
-from isthmus.training.folder import DEFAULT, RECIPE, default_system, holds_run
-from isthmus.training.folder import PARTS as FROZEN
-from isthmus.training.languages import language
-from isthmus.training.run_loading import trained_weights
 
 JOB, CLAIMS, PARTS = "job.json", ".claims", "parts"
 TRANSCRIPTS, REPORT = "transcripts.jsonl", "report.json"
@@ -76,6 +80,7 @@ class System:
     load: Callable[[], Hears]
     model: Mapping[str, str]  # SHA-256 by what it is of
     decode: RecogniserSettings
+    device: str = "auto"  # where each process loads it
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def system(
     align_model: str | None = None,
     ears: str | None = None,
     settings: Mapping[str, Any] | None = None,
+    device: str = "auto",
 ) -> System:
     """The system of that name, not loaded yet; arguments are those of `load_system`.
 
@@ -101,7 +107,7 @@ def system(
     if str(run) == DEFAULT:  # the choice of this process, not of each that loads it
         run = default_system()
     folder = system_folder(run)
-    decode = system_settings(folder, settings or {})
+    decode = system_settings(folder, settings or {}, ears)
     if decode.gate == "auto":  # machines with different packages must not share a job
         gate = "silero" if importlib.util.find_spec("silero_vad") else "energy"
         decode = change_settings(decode, {"gate": gate})
@@ -114,7 +120,7 @@ def system(
     if ears:
         model |= {f"ears {name}": value for name, value in _run_sums(run_folder(ears)).items()}
     loader = partial(load_system, run, align_model=align_model, ears=ears, **decode.model_dump())
-    return System(loader, model, decode)
+    return System(loader, model, decode, device)
 
 
 def _run_sums(folder: Path) -> dict[str, str]:
@@ -255,10 +261,11 @@ class Job:
     @cached_property
     def _hears(self) -> Hears:
         """Loaded only where there is something to do, on the GPU of this process."""
-        if torch.cuda.is_available():
-            local = int(os.environ.get("LOCAL_RANK", "0"))
-            torch.cuda.set_device(local % torch.cuda.device_count())
-        hears = self.system.load()
+        with on_device(self.system.device):
+            if choose_device() == torch.device("cuda"):  # any of them
+                local = int(os.environ.get("LOCAL_RANK", "0"))
+                torch.cuda.set_device(local % torch.cuda.device_count())
+            hears = self.system.load()
         hears.check_words(self.words)
         return hears
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from isthmus.decoding.beam import Scorer
 from isthmus.decoding.fusion import TokenTexts
 from isthmus.decoding.timestamps import FLOOR
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.spelling import WILDCARD, spell
 
 UNSPELLABLE = -5.0  # log-probability of a run of letters or digits that CTC has no units for
@@ -156,7 +156,7 @@ class CTCPrefixScorer(Scorer):
     FLOOR, so that a search goes on where there are too few frames for any text.
     """
 
-    def __init__(self, spelling: Spelling, log_probs: Sequence[Tensor], weight: float):
+    def __init__(self, spelling: Spelling, log_probs: Sequence[LogProbs], weight: float):
         self.spelling, self.log_probs, self.weight = spelling, log_probs, weight
         self.longest = max(map(len, log_probs))
         places = torch.arange(len(log_probs))

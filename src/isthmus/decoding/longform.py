@@ -200,8 +200,10 @@ def joined(segments: Iterable[tuple[Segment, float]]) -> Iterator[Segment]:
     held: Segment | None = None
     for segment, overlap in segments:
         if held is not None:
+            heard = join(held.as_by_ctc, segment.as_by_ctc, overlap)
             held, segment = join(held, segment, overlap)
-            yield held
+            yield replace(held, ctc_text=heard[0].text)
+            segment = replace(segment, ctc_text=heard[1].text)
         held = segment
     if held is not None:
         yield held

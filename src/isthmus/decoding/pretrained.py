@@ -19,17 +19,17 @@ from isthmus.decoding.timestamps import CTC_TYPES, load_ctc
 from isthmus.decoding.transcript import Segment
 from isthmus.errors import IsthmusError, suggest
 from isthmus.model.ctc_head import CTCHead, own_tokenizer
+from isthmus.model.device import choose_device
 from isthmus.model.encoder import Encoder, load_extractor
+from isthmus.model.features import padded
 from isthmus.model.parts import (
-    choose_device,
     load_network,
     loading,
     model_type,
     quiet,
 )
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.settings.search import RecogniserSettings
 from isthmus.speech.audio import SAMPLE_RATE
-from isthmus.training.batches import collate
 
 START_OF_ENGLISH = 50257  # <|startoftranscript|> in Whispers of English, in others 50258
 SHORTEST = SAMPLE_RATE // 10  # samples; a shorter utterance is followed by silence up to there
@@ -53,20 +53,16 @@ class Seq2SeqSettings(PretrainedDecodeSettings):
 
 
 class CTCRecogniser(Recogniser):
-    """The best path of a CTC head behind an encoder: the encoder's own unless another is given."""
+    """The best path of an encoder's CTC head."""
 
     encoder: Encoder
 
     def __init__(
-        self,
-        encoder: Encoder,
-        settings: RecogniserSettings,
-        ctc: CTCHead | None = None,
-        aligner: Encoder | None = None,
+        self, encoder: Encoder, settings: RecogniserSettings, aligner: Encoder | None = None
     ):
         self.encoder = encoder.eval()
         self.settings = settings
-        self.ctc = encoder.ctc if ctc is None else ctc
+        self.ctc = encoder.ctc
         self.aligner = aligner
 
     @property
@@ -77,17 +73,18 @@ class CTCRecogniser(Recogniser):
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
         ctc = self.ctc
         assert ctc is not None
-        batch = collate([""] * len(speech), [one.waveform for one in speech], [])
-        batch = batch.to(next(self.encoder.parameters()).device)
-        frames, lengths = self.encoder(batch.waveforms, batch.num_samples)
+        device = next(self.encoder.parameters()).device
+        waveforms, num_samples = padded([one.waveform for one in speech])
+        frames, lengths = self.encoder(waveforms.to(device), num_samples.to(device))
         rows = zip(speech, frames, lengths.tolist(), strict=True)
         return [
-            self._segment(one, ctc, ctc.log_probs(own[None, :length])[0], words)
+            self._segment(one, ctc, ctc.log_probs(own[None, :length])[0].cpu(), words)
             for one, own, length in rows
         ]
 
     def _segment(self, speech: Speech, ctc: CTCHead, log_probs: Tensor, words: bool) -> Segment:
-        segment = Segment(0.0, speech.seconds, ctc.text(ctc.best_path(log_probs)))
+        text = ctc.text(ctc.best_path(log_probs))
+        segment = Segment(0.0, speech.seconds, text, ctc_text=text)
         return replace(segment, words=self._timed(speech, segment, log_probs)) if words else segment
 
 
@@ -234,7 +231,7 @@ def load_pretrained(
     aligner = load_ctc(align_model).to(device) if align_model else None
     if not isinstance(settings, Seq2SeqSettings):
         encoder = load_ctc(str(folder)).float().to(device)
-        return CTCRecogniser(encoder, settings, aligner=aligner)
+        return CTCRecogniser(encoder, settings, aligner)
     with loading(name):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if not config.is_encoder_decoder:

@@ -22,19 +22,26 @@ from isthmus.decoding.longform import OVERLAP_SECONDS, Chunk, Chunks, joined, sp
 from isthmus.decoding.timestamps import align_words
 from isthmus.decoding.transcript import Segment, Transcript, Word
 from isthmus.errors import IsthmusError
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.encoder import Encoder
-from isthmus.recipe_settings import RecogniserSettings
+from isthmus.model.parts import Source
+from isthmus.settings.search import RecogniserSettings
 from isthmus.speech.activity import Region, speech_regions
-from isthmus.speech.audio import SAMPLE_RATE, audio_blocks, check_samples, load_audio
+from isthmus.speech.audio import (
+    SAMPLE_RATE,
+    Recording,
+    audio_blocks,
+    check_samples,
+    load_audio,
+)
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
     from lhotse.cut import Cut
 
-    from isthmus.training.features import FeatureCache
+    from isthmus.runs.feature_cache import FeatureCache
 
-FILE = (str, Path, bytes)  # audio that is still to be decoded
-Audio: TypeAlias = "str | Path | bytes | np.ndarray | Cut"
+FILE = (str, Path, bytes, Recording)  # audio that is still to be decoded
+Audio: TypeAlias = "str | Path | bytes | Recording | np.ndarray | Cut"
 Item = TypeVar("Item")
 
 
@@ -63,16 +70,16 @@ class Speech:
 class Recogniser(ABC):
     """Waveforms to text; the text of an utterance depends on nothing but itself and the settings.
 
-    `ctc` is the head, where there is one, that labels the frames of its `encoder`. It gives words
-    their times, or else `aligner` does, an encoder with a head of its own. With a `cache`, the
-    encoder's frames of cuts are read from it and kept in it.
+    `ctc` is the head, where there is one, that labels what it hears. It gives words their times,
+    or else `aligner` does, an encoder with a head of its own. With a `cache`, the encoder's frames
+    of cuts are read from it and kept in it.
     """
 
     settings: RecogniserSettings
-    encoder: Encoder | None = None
     ctc: CTCHead | None = None
     ctc_delay: float | None = None  # seconds, in place of the head's own
     aligner: Encoder | None = None
+    ears: Source | None = None  # the run whose encoder and projector it has in place of its own
     cache: "FeatureCache | None" = None
 
     @property
@@ -183,7 +190,7 @@ class Recogniser(ABC):
         return cut(_waveform(audio))
 
     def _timed(
-        self, speech: Speech, segment: Segment, log_probs: Tensor | None = None
+        self, speech: Speech, segment: Segment, log_probs: LogProbs | None = None
     ) -> tuple[Word, ...]:
         """The words of a segment with their times; `log_probs` (T, V) are those of `ctc`."""
         head, delay = self.ctc, self.ctc_delay
@@ -191,7 +198,7 @@ class Recogniser(ABC):
             log_probs, head, delay = self._aligned(speech.waveform), self.aligner.ctc, None
         assert head is not None
         assert log_probs is not None
-        words = align_words(log_probs.cpu(), segment.text, head, speech.waveform, delay)
+        words = align_words(log_probs, segment.text, head, speech.waveform, delay)
         if len(words) != len(segment.confidences):
             return words
         pairs = zip(words, segment.confidences, strict=True)
@@ -203,7 +210,7 @@ class Recogniser(ABC):
         assert self.aligner.ctc is not None
         samples = torch.from_numpy(waveform)[None].to(next(self.aligner.parameters()).device)
         frames, lengths = self.aligner(samples, torch.tensor([samples.shape[1]]).to(samples.device))
-        return self.aligner.ctc.log_probs(frames[:, : int(lengths[0])])[0]
+        return self.aligner.ctc.log_probs(frames[:, : int(lengths[0])])[0].cpu()
 
     def _speech(self, audio: Audio) -> Speech:
         waveform = self.load(audio)
@@ -265,7 +272,9 @@ def _language(audio: Audio) -> str:
     """The language of a cut as its corpus has it, else ""."""
     if not _is_cut(audio):
         return ""
-    from isthmus.training.languages import language
+    from isthmus.speech.cuts import (
+        language,
+    )
 
     return language(_cut(audio))
 

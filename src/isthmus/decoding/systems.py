@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from isthmus.decoding.recogniser import Recogniser
-from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load
+from isthmus.decoding.transcriber import RUN_FILES, decode_settings, load, run_folder
 from isthmus.errors import IsthmusError
+from isthmus.model.device import on_device
 from isthmus.model.hub import download
 from isthmus.model.parts import resolve
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import DecodeSettings, RecogniserSettings
-from isthmus.training.folder import CONFIG, RECIPE, holds_run, local_system
+from isthmus.runs.folder import CONFIG, RECIPE, holds_run, local_system
+from isthmus.settings.search import DecodeSettings, RecogniserSettings
 
 log = logging.getLogger(__name__)
 
@@ -32,16 +33,19 @@ def system_folder(name: str | Path) -> Path:
     return resolve(str(local or name))
 
 
-def system_settings(folder: Path, changes: Mapping[str, Any]) -> RecogniserSettings:
+def system_settings(
+    folder: Path, changes: Mapping[str, Any], ears: str | None = None
+) -> RecogniserSettings:
     """The settings of what is in a `system_folder`, some of them replaced; None leaves one.
 
-    Warns of those that have no effect on it. No model is loaded. Raises IsthmusError.
+    `ears` are those of `load_system`. Warns of settings that have no effect on it. No model is
+    loaded. Raises IsthmusError.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     if holds_run(folder):
         if given.pop("language", None):
             log.warning("language has no effect on a run: its instruction says what it is to do.")
-        return decode_settings(folder, given)
+        return decode_settings(folder, given, None if ears is None else run_folder(ears))
     from isthmus.decoding.pretrained import pretrained_settings  # of which runs need nothing
 
     own = pretrained_settings(folder)
@@ -57,20 +61,23 @@ def load_system(
     cached: bool = False,
     align_model: str | None = None,
     ears: str | None = None,
+    device: str | None = None,
     **settings: Any,
 ) -> Recogniser:
     """What transcribes, by its name: a run, a pretrained model, or a run of `pretrain-ctc`.
 
-    `cached`, `align_model` and `ears` are those of `transcriber.load`, as are the settings, of
-    which pretrained models have few, and `language` besides. They compute in float32. Raises
-    IsthmusError.
+    `cached`, `align_model`, `ears` and `device` are those of `transcriber.load`, as are the
+    settings, of which pretrained models have few, and `language` besides. They compute in float32.
+    Raises IsthmusError.
     """
     folder = system_folder(name)
-    own = system_settings(folder, settings)
+    own = system_settings(folder, settings, ears)
     if isinstance(own, DecodeSettings):
-        return load(folder, cached=cached, align_model=align_model, ears=ears, **own.model_dump())
+        arguments: dict[str, Any] = {"cached": cached, "ears": ears, "device": device}
+        return load(folder, align_model=align_model, **arguments, **own.model_dump())
     if ears is not None:
         raise IsthmusError(f"--ears: {name} is no run, and hears for itself. Leave it out.")
     from isthmus.decoding.pretrained import load_pretrained
 
-    return load_pretrained(folder, own, str(name), align_model)
+    with on_device(device):
+        return load_pretrained(folder, own, str(name), align_model)

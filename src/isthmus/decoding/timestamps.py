@@ -15,14 +15,14 @@ from typing import TypeAlias
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from isthmus.decoding.transcript import Word, words_of
 from isthmus.errors import IsthmusError
-from isthmus.model.ctc_head import CTCHead
-from isthmus.model.encoder import ConformerSettings, Encoder, SelfSupervisedSettings
+from isthmus.model.ctc_head import CTCHead, LogProbs
+from isthmus.model.encoder import Encoder, build_encoder
 from isthmus.model.parts import model_type, resolve
 from isthmus.model.spelling import WILDCARD
+from isthmus.settings.encoders import ConformerSettings, SelfSupervisedSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 Floats: TypeAlias = NDArray[np.float64]
@@ -61,7 +61,7 @@ def load_ctc(path: str, revision: str | None = None) -> Encoder:
         settings = SelfSupervisedSettings.model_validate(
             {"type": kind, "path": path, "revision": revision}
         )
-    encoder = settings.build()
+    encoder = build_encoder(settings)
     if encoder.ctc is None:
         raise IsthmusError(
             f"{path} cannot be used: it has no CTC head right behind its encoder (architectures in "
@@ -76,7 +76,7 @@ def load_ctc(path: str, revision: str | None = None) -> Encoder:
 
 
 def align_words(
-    log_probs: Tensor, text: str, ctc: CTCHead, waveform: np.ndarray, delay: float | None = None
+    log_probs: LogProbs, text: str, ctc: CTCHead, waveform: np.ndarray, delay: float | None = None
 ) -> tuple[Word, ...]:
     """The words of `text` (see `words_of`) with the times they were said at.
 
@@ -103,7 +103,7 @@ def align_words(
     return tuple(Word(word.group(), *rest) for word, *rest in times)
 
 
-def meetings(log_probs: Tensor, text: str, ctc: CTCHead) -> Floats:
+def meetings(log_probs: LogProbs, text: str, ctc: CTCHead) -> Floats:
     """When the labels (T, V) of each word of `text` and of the next one meet, in seconds (W - 1,).
 
     Empty where there are too few labels. How much later that is than it is heard, in the median,
@@ -115,7 +115,7 @@ def meetings(log_probs: Tensor, text: str, ctc: CTCHead) -> Floats:
 
 
 def label_times(
-    log_probs: Tensor, spelled: Sequence[Sequence[int]], ctc: CTCHead
+    log_probs: LogProbs, spelled: Sequence[Sequence[int]], ctc: CTCHead
 ) -> tuple[Floats, Floats, Floats] | None:
     """Seconds from which and to which labels (T, V) spell each word, given its units, (W,) each.
 
@@ -138,7 +138,7 @@ def label_times(
 
 
 def trellis(
-    log_probs: Tensor, labels: Integers, owners: Integers, ctc: CTCHead
+    log_probs: LogProbs, labels: Integers, owners: Integers, ctc: CTCHead
 ) -> tuple[Floats, Integers]:
     """Log-probabilities (T, C) of all that a text may pass, and the column (U,) of each state.
 
@@ -149,8 +149,8 @@ def trellis(
     known = torch.from_numpy(units[units != WILDCARD])
     parts = [log_probs[:, gaps[:1]], log_probs[:, gaps].amax(dim=1, keepdim=True)]
     if WILDCARD in units:  # the first of them
-        others = log_probs.index_fill(1, gaps, FLOOR).nan_to_num(nan=FLOOR)
-        parts.append(others.amax(dim=1, keepdim=True))
+        others = torch.ones(log_probs.shape[1]).index_fill(0, gaps, 0).nonzero()[:, 0]
+        parts.append(log_probs[:, others].nan_to_num(nan=FLOOR).amax(dim=1, keepdim=True))
     table = torch.cat([*parts, log_probs[:, known]], dim=1).double()
     columns = np.empty(2 * len(labels) + 1, np.int64)
     columns[1::2] = 2 + places

@@ -1,23 +1,23 @@
 """The CTC head of a run's projector as decoding asks for it: its units are the LLM's own tokens.
 
-Shapes: B batch, T encoder frames, A audio embeddings, D encoder width, V tokens.
+Shapes: B batch, A audio embeddings, E LLM width, V tokens.
 """
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from isthmus.decoding.confidence import token_spans
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import WILDCARD
+from isthmus.model.token_ctc import TokenLogProbs
 
 RATE_FRAMES = 5040  # over so many frames a projector's steady rate is a whole number of embeddings
 
 
 class TokenHead(CTCHead):
-    """Encoder frames through the projector to the tokens that its embeddings say.
+    """The tokens that a projector's embeddings say: its frames are what `SpeechLLM.spoken` gives.
 
     It is trained with the projector, so that it knows the frames of an encoder that is trained too.
     """
@@ -33,8 +33,12 @@ class TokenHead(CTCHead):
         self.frame_rate = _rate(model)
 
     def log_probs(self, frames: Tensor) -> Tensor:
-        (model,), (ctc,) = self._model, self._ctc
-        return ctc.log_probs(torch.stack(model.spoken(list(frames))))
+        (ctc,) = self._ctc
+        return ctc.log_probs(frames)
+
+    def kept(self, frames: Tensor, log_probs: Tensor) -> LogProbs:
+        (ctc,) = self._ctc
+        return TokenLogProbs(ctc, frames, log_probs)
 
     def text(self, units: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(units), skip_special_tokens=True)).strip()

@@ -32,7 +32,8 @@ from isthmus.decoding.token_head import TokenHead
 from isthmus.decoding.transcript import Alternative, Segment
 from isthmus.errors import IsthmusError
 from isthmus.model.adapters import merge_adapters
-from isthmus.model.ctc_head import CTCHead
+from isthmus.model.ctc_head import CTCHead, LogProbs
+from isthmus.model.device import on_device
 from isthmus.model.encoder import Encoder
 from isthmus.model.features import padded
 from isthmus.model.hub import download
@@ -41,13 +42,13 @@ from isthmus.model.prompt import special_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.recipe import change_settings
-from isthmus.recipe_settings import DecodeSettings
+from isthmus.runs.folder import DEFAULT, local_run
+from isthmus.runs.loading import load_run, run_source, stored_recipe
+from isthmus.settings.search import DecodeSettings
 from isthmus.speech.activity import has_speech
-from isthmus.training.folder import DEFAULT, local_run
-from isthmus.training.run_loading import load_run, stored_recipe
 
 if TYPE_CHECKING:  # a recording needs no corpus, and what reads one is half a second of imports
-    from isthmus.training.features import FeatureCache
+    from isthmus.runs.feature_cache import FeatureCache
 
 RUN_FILES = ["recipe.yaml", "*.json", "best/*"]  # of a run folder on the hub
 CHUNK_SECONDS_AT_LEAST = 2.0  # a model that cannot hear that much cannot hear a recording in parts
@@ -155,15 +156,9 @@ class Transcriber(Recogniser):
 
     @torch.inference_mode()
     def _decode(self, speech: Sequence[Speech], words: bool) -> list[Segment]:
-        frames = self._frames(speech)
-        said, heard = list[list[int]](), list[Tensor]()
-        if self.ctc is not None:
-            for own in frames:
-                log_probs = self.ctc.log_probs(own[None])[0]
-                said.append(self.ctc.best_path(log_probs))
-                if words or self.joint is not None:  # else so much is not kept
-                    heard.append(log_probs.cpu())
-        hypotheses = self._search(speech, frames, said, heard)
+        keep = words or self.joint is not None
+        audio, said, heard = self._listen(self._frames(speech), keep=keep)
+        hypotheses = self._search(speech, audio, said, heard)
         segments = list(map(self._segment, speech, hypotheses, said or [[]] * len(speech)))
         segments = [replace(one, doubtful=self._doubts(one)) for one in segments]
         if not words:
@@ -172,6 +167,31 @@ class Transcriber(Recogniser):
             replace(segment, words=self._timed(one, segment, own))
             for one, segment, own in zip_longest(speech, segments, heard)
         ]
+
+    def _listen(
+        self, frames: Sequence[Tensor], *, keep: bool
+    ) -> tuple[list[Tensor], list[list[int]], list[LogProbs]]:
+        """Frames (T, D) to audio embeddings (A, E), and what the CTC head makes of them, if any.
+
+        That is the units of its best paths and, to `keep`, its log-probabilities (T, V). What the
+        projector's head reads is made of each utterance alone: no company rounds its path to
+        another.
+        """
+        model, ctc = self.model, self.ctc
+        audio, said, heard = list[Tensor](), list[list[int]](), list[LogProbs]()
+        for own in () if ctc is None else frames:
+            assert ctc is not None
+            read = model.spoken([own]) if isinstance(ctc, TokenHead) else [own]
+            log_probs = ctc.log_probs(read[0][None])[0]
+            said.append(ctc.best_path(log_probs))
+            if keep:
+                heard.append(ctc.kept(read[0], log_probs))
+            if isinstance(ctc, TokenHead):
+                audio += model.audio(read, [log_probs])
+        if not isinstance(ctc, TokenHead):
+            groups = [[one] for one in frames] if self.settings.strict else [list(frames)]
+            audio = [embeddings for group in groups for embeddings in model.project(group)]
+        return audio, said, heard
 
     def _doubts(self, segment: Segment) -> bool:
         """Whether it is less certain, or farther from what the CTC head heard, than allowed."""
@@ -183,17 +203,12 @@ class Transcriber(Recogniser):
     def _search(
         self,
         speech: Sequence[Speech],
-        frames: Sequence[Tensor],
+        audio: Sequence[Tensor],
         said: Sequence[list[int]],
-        heard: Sequence[Tensor],
+        heard: Sequence[LogProbs],
     ) -> list[list[Hypothesis]]:
-        """`said` are the units of the CTC head's best paths, `heard` its log-probabilities (T, V).
-
-        None where there is no head, or nobody asks.
-        """
+        """From what `_listen` gives."""
         model, settings = self.model, self.settings
-        groups = [[one] for one in frames] if settings.strict else [list(frames)]
-        audio = [embeddings for group in groups for embeddings in model.project(group)]
         prompts = [
             model.sequence(embeddings, prompt=prompt_for(self.prompts, one.waveform))[0]
             for one, embeddings in zip(speech, audio, strict=True)
@@ -293,7 +308,7 @@ class Transcriber(Recogniser):
         self, speech: Speech, hypotheses: Sequence[Hypothesis], said: Sequence[int]
     ) -> Segment:
         best, ctc = hypotheses[0], self.ctc
-        text = self._text(best)
+        text, heard = self._text(best), "" if ctc is None else ctc.text(said)
         return Segment(
             0.0,
             speech.seconds,
@@ -303,7 +318,8 @@ class Transcriber(Recogniser):
             tokens=tuple(best.tokens),
             token_log_probs=tuple(best.log_probs),
             confidences=self._confidences(best),
-            ctc_distance=None if ctc is None else text_distance(text, ctc.text(said)),
+            ctc_text=heard,
+            ctc_distance=None if ctc is None else text_distance(text, heard),
             alternatives=tuple(
                 Alternative(self._text(one), one.score)
                 for one in hypotheses[1 : self.settings.nbest]
@@ -363,42 +379,49 @@ def load(
     cached: bool = False,
     align_model: str | None = None,
     ears: str | Path | None = None,
+    device: str | None = None,
     **settings: Unpack[DecodeChanges],
 ) -> Transcriber:
     """The transcriber of a run, `base` and `tiny` among them, or what reads best here (`default`).
 
     `cached`: the encoder's frames of a corpus are taken from the run's feature cache, if it has
     one. `align_model`: a CTC model that tells when words were said. `ears`: a run whose
-    encoder and projector take the places of this one's. Further arguments are those of
-    DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid.
+    encoder and projector take the places of this one's. `device`: auto (a GPU by CUDA, else the
+    CPU), cpu, cuda, cuda:N or mps. Further arguments are those of
+    DecodeChanges, such as `beam_size=1`. Raises IsthmusError for one that is not valid, and for a
+    device that is not there.
     """
-    folder = run_folder(run)
-    decode = decode_settings(folder, settings)
+    folder, of_ears = run_folder(run), None if ears is None else run_folder(ears)
+    decode = decode_settings(folder, settings, of_ears)
     ngram = read_arpa(decode.ngram) if decode.ngram is not None else None
-    model, recipe = load_run(folder, run_folder(ears) if ears is not None else None)
+    with on_device(device):
+        model, recipe = load_run(folder, of_ears)
     if recipe.llm.mergeable and model.llm.dtype == torch.float32:
         merge_adapters(model.llm)  # in half precision the sum would round the adapters off
     cache = None
     if cached:
-        from isthmus.training.data import feature_cache
+        from isthmus.runs.feature_cache import (
+            feature_cache,
+        )
 
         cache = feature_cache(recipe, model)
-    return Transcriber(
-        model,
-        decode,
-        cache,
-        load_ctc(align_model) if align_model else None,
-        ngram,
-    )
+    aligner = load_ctc(align_model) if align_model else None
+    transcriber = Transcriber(model, decode, cache, aligner, ngram)
+    transcriber.ears = None if of_ears is None else run_source(str(ears), of_ears)
+    return transcriber
 
 
-def decode_settings(run: Path, changes: Mapping[str, Any]) -> DecodeSettings:
+def decode_settings(
+    run: Path, changes: Mapping[str, Any], ears: Path | None = None
+) -> DecodeSettings:
     """The run's own, some of them replaced; None leaves one. No model is loaded.
 
-    Raises IsthmusError for one that is not valid, or that needs what is not installed.
+    Labels come as late as those of the `ears` do, where they are another run's. Raises IsthmusError
+    for one that is not valid, or that needs what is not installed.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    settings = change_settings(stored_recipe(run).decode, given)
+    own = {} if ears is None else {"ctc_delay": stored_recipe(ears).decode.ctc_delay}
+    settings = change_settings(stored_recipe(run).decode, own | given)
     if settings.gate == "silero" and importlib.util.find_spec("silero_vad") is None:
         raise IsthmusError(
             "decode.gate (--gate) is silero, which is not installed. Install the extra: pip "

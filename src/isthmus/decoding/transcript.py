@@ -72,13 +72,19 @@ class Segment:
     words: tuple[Word, ...] = ()  # with word timestamps only
     alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
     confidences: tuple[float, ...] = ()  # of its words (words_of), 0 to 1
-    ctc_distance: float | None = None  # from what the CTC head heard, 0 to 1
+    ctc_text: str = ""  # what the CTC head heard by itself, if there is one
+    ctc_distance: float | None = None  # of the text from that, 0 to 1
     doubtful: bool = False  # the system seems out of its depth
 
     @property
     def confidence(self) -> float:
         """Geometric mean of the tokens' probabilities, 0 to 1; 1 where nothing was heard."""
         return _confidence(self.token_log_probs)
+
+    @property
+    def as_by_ctc(self) -> "Segment":
+        """The same with the text of the CTC head, whose words have no times."""
+        return replace(self, text=self.ctc_text, words=())
 
     def shifted(self, seconds: float) -> "Segment":
         """The same, that much later."""
@@ -106,6 +112,11 @@ class Transcript:
     @property
     def text(self) -> str:
         return together(segment.text for segment in self.segments)
+
+    @property
+    def ctc_text(self) -> str:
+        """What the CTC head heard by itself."""
+        return together(segment.ctc_text for segment in self.segments)
 
     @property
     def words(self) -> tuple[Word, ...]:

@@ -14,8 +14,8 @@ from isthmus.lab.emergence import Emergence, find_emergence
 from isthmus.lab.figures import DASH
 from isthmus.lab.report import STYLE, page
 from isthmus.lab.svg import RunCurve, moving_mean, runs_chart
-from isthmus.recipe_files import parse_yaml
-from isthmus.training.folder import RECIPE
+from isthmus.recipe_files import read_yaml
+from isthmus.runs.folder import RECIPE
 from isthmus.training.loop import METRICS
 
 SMOOTH = 60  # windows of the moving mean in the longest curve
@@ -107,7 +107,7 @@ def _read_run(folder: Path, name: str) -> RunAccuracy:
 def _planned(folder: Path) -> int | None:
     """Steps of the run's recipe, of whatever kind it is."""
     try:
-        steps = parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))["train"]["steps"]
+        steps = read_yaml(folder / RECIPE)["train"]["steps"]
     except (OSError, IsthmusError, KeyError, TypeError):
         return None
     return int(steps)

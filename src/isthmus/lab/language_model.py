@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from isthmus.build import build_language_model
 from isthmus.files import write_folder
 from isthmus.lab.sentences import sentence
 from isthmus.model.llm import LLM, save_llm
@@ -27,9 +28,9 @@ from isthmus.model.prompt import (
     tokenise,
 )
 from isthmus.recipe import LanguageRecipe
-from isthmus.training import checkpoint
-from isthmus.training.checkpoint import Progress
-from isthmus.training.folder import BEST, MODEL
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import Progress
+from isthmus.runs.folder import BEST, MODEL
 from isthmus.training.loop import Loss, OnStep, fit
 from isthmus.training.parallel import Ranks
 from isthmus.training.runs import Opening, RunFolder
@@ -214,7 +215,7 @@ def pretrain_lm(
     """Train a small language model; `folder`/model is the LLM to name in a recipe."""
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
-        llm = recipe.build().to(ranks.device)
+        llm = build_language_model(recipe).to(ranks.device)
         run.begin()
         task = LanguageTask(llm, recipe)
         end = fit(task, recipe.train, folder, resume=run.resumed, on_step=on_step, ranks=ranks)

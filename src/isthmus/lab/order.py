@@ -95,7 +95,9 @@ def pick_spoken(model: "SpeechLLM", cuts: Sequence["Cut"], number: int, seed: in
     Raises IsthmusError when there is none.
     """
     from isthmus.speech.corpora import load_cut
-    from isthmus.training.batches import transcript
+    from isthmus.speech.cuts import (
+        transcript,
+    )
 
     found: list[Spoken] = []
     for place in np.random.default_rng(seed).permutation(len(cuts)).tolist():

@@ -26,15 +26,18 @@ import torch
 from isthmus.decoding.inputs import is_corpus
 from isthmus.decoding.transcriber import run_folder
 from isthmus.errors import IsthmusError
-from isthmus.model.llm import LLM, LLMSettings
-from isthmus.model.parts import choose_device
+from isthmus.model.device import choose_device
+from isthmus.model.llm import LLM, build_llm
 from isthmus.model.prompt import plain_tokens
+from isthmus.runs.folder import DEFAULT, SHIPPED_RUNS, holds_run
+from isthmus.runs.loading import load_run
 from isthmus.scoring import normaliser as find_normaliser
 from isthmus.scoring import read_texts
+from isthmus.settings.llms import LLMSettings
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import DEFAULT, SHIPPED_RUNS, holds_run
-from isthmus.training.run_loading import load_run
+from isthmus.speech.cuts import (
+    transcript,
+)
 
 LOGIT_BYTES = 256 * 2**20  # of a batch, in float32
 
@@ -194,7 +197,7 @@ def open_llm(name: str) -> LLM:
     """
     if is_run(name):
         return load_run(run_folder(name))[0].llm
-    return LLMSettings(path=name).build().to(choose_device()).eval()
+    return build_llm(LLMSettings(path=name)).to(choose_device()).eval()
 
 
 def texts_of(name: str, normaliser: str) -> list[str]:

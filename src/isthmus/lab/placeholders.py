@@ -12,10 +12,11 @@ import torch
 from pydantic import TypeAdapter
 from transformers import PreTrainedTokenizerFast
 
+from isthmus.build import build_conformer, build_language_model
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, initial_config
-from isthmus.model.encoder import EncoderSettings
+from isthmus.model.encoder import build_encoder
 from isthmus.model.llm import LLM
-from isthmus.model.spelling import LETTERS, LetterUnits, letter_tokenizer
+from isthmus.model.spelling import learn_units, letter_tokenizer
 from isthmus.model.units import Units
 from isthmus.recipe import (
     CTCRecipe,
@@ -26,6 +27,8 @@ from isthmus.recipe import (
     named_models,
 )
 from isthmus.recipe_files import shipped_recipes
+from isthmus.settings.conformers import LETTERS, LetterUnits
+from isthmus.settings.encoders import EncoderSettings
 
 UNITS = 1000  # SpeechGPT's clusters (arXiv 2305.11000)
 AnyRecipe = TypeVar("AnyRecipe", bound=Experiment)
@@ -66,7 +69,7 @@ def with_placeholders(recipe: AnyRecipe, folder: Path, producers: Producers) -> 
                 )
             else:  # of the frames of the encoder, which comes before the projector
                 settings: TypeAdapter[EncoderSettings] = TypeAdapter(EncoderSettings)
-                dim = settings.validate_python(values["encoder"]).build().dim
+                dim = build_encoder(settings.validate_python(values["encoder"])).dim
                 Units(torch.zeros(UNITS, dim), "", "").save(place)
                 part[key] = str(place)
     return type(recipe).model_validate(values)
@@ -74,7 +77,10 @@ def with_placeholders(recipe: AnyRecipe, folder: Path, producers: Producers) -> 
 
 def build_sized(recipe: CTCRecipe | LanguageRecipe, folder: Path) -> Pretrained:
     """The model of the recipe on the meta device; to be called within `on_meta`."""
-    return recipe.model_copy(update={"start_from": _model(recipe, folder)}).build()
+    made = recipe.model_copy(update={"start_from": _model(recipe, folder)})
+    if isinstance(made, CTCRecipe):
+        return build_conformer(made)
+    return build_language_model(made)
 
 
 def _model(recipe: Pretraining, folder: Path) -> str:
@@ -85,7 +91,7 @@ def _model(recipe: Pretraining, folder: Path) -> str:
     tokenizer: Any
     if isinstance(recipe, LanguageRecipe):
         with torch.device("meta"):
-            llm = recipe.build()
+            llm = build_language_model(recipe)
         config, tokenizer = llm.network.config, llm.tokenizer
     else:
         assert isinstance(recipe, CTCRecipe)
@@ -103,6 +109,6 @@ def _units(recipe: CTCRecipe) -> PreTrainedTokenizerFast:
     """Spelling units; in the place of those to be learnt as many letters."""
     units = recipe.units or LetterUnits(letters=recipe.letters or LETTERS)
     if isinstance(units, LetterUnits):
-        return units.tokenizer([])
+        return learn_units(units, [])
     first = 0x4E00  # of very many letters
     return letter_tokenizer("".join(map(chr, range(first, first + units.size - 2))))

@@ -22,18 +22,26 @@ from isthmus.lab.sizes import (
     weight_bytes,
 )
 from isthmus.model.conformer import ConformerCTC
-from isthmus.model.encoder import PairSettings, WhisperEncoder, parameters
+from isthmus.model.encoder import WhisperEncoder, parameters
 from isthmus.model.fetch import is_fetched
 from isthmus.model.llm import LLM
 from isthmus.model.presets import PRESETS, stand_in_tokenizer
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import CTCRecipe, Experiment, LanguageRecipe, Recipe
-from isthmus.recipe_settings import Corpus, DataSettings
+from isthmus.settings.datasets import Corpus, DataSettings
+from isthmus.settings.encoders import PairSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.corpora import read_corpus
-from isthmus.training.batches import transcript
+from isthmus.speech.cuts import (
+    language,
+    transcript,
+)
 from isthmus.training.hardware import named_peak
-from isthmus.training.languages import allotment, check_named, chosen, language
+from isthmus.training.languages import (
+    allotment,
+    check_named,
+    chosen,
+)
 
 HOURS = 960.0  # LibriSpeech ...
 MEAN_SECONDS = 12.3  # ... and its mean utterance

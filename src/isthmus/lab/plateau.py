@@ -24,13 +24,15 @@ from isthmus.lab.emergence import EmergenceMonitor
 from isthmus.model.prompt import plain_tokens
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe
-from isthmus.recipe_settings import LoopSettings
+from isthmus.runs.checkpoint import Progress
+from isthmus.settings.optimisation import LoopSettings
 from isthmus.speech.corpora import load_cut
-from isthmus.training.batches import transcript
-from isthmus.training.checkpoint import Progress
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.loop import OnStep
-from isthmus.training.projector import SpeechTask
 from isthmus.training.runs import Opening, train
+from isthmus.training.speech_task import SpeechTask
 
 LOW = 0.6  # accuracy of those who do not listen
 EARLIEST = 200  # steps

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from isthmus.build import build_model
 from isthmus.decoding.evaluate import Evaluation, evaluate
 from isthmus.decoding.transcriber import Transcriber, load
 from isthmus.display import TrainingDisplay, training_display
@@ -22,9 +23,11 @@ from isthmus.lab.report import Curves, Part, Report, pick_examples, render
 from isthmus.lab.synthesis import draw_texts, synthesise_corpus
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import Recipe, dump_recipe, load_recipe
+from isthmus.runs.folder import ASSETS, default_system
 from isthmus.speech.corpora import load_cut, read_corpus
-from isthmus.training.batches import transcript
-from isthmus.training.folder import ASSETS, default_system
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.runs import train
 
 DOMAINS = {"digit": 1.0, "digits": 2.0, "command": 2.0, "keyword": 1.0, "order": 2.0}
@@ -69,7 +72,7 @@ def run(folder: Path, audio: Sequence[Path] = ()) -> dict[str, Any]:
     """
     console = Console(stderr=True, highlight=False)
     recipe = quickstart_recipe(folder)
-    untrained = Transcriber(recipe.build(), recipe.decode)
+    untrained = Transcriber(build_model(recipe), recipe.decode)
     own = {str(path): untrained.load(path) for path in audio}
     system = default_system()  # first, as it may be downloaded
     seconds = {}

@@ -16,11 +16,13 @@ from isthmus.decoding.transcriber import load
 from isthmus.display import training_display
 from isthmus.errors import IsthmusError
 from isthmus.recipe import Recipe, change_settings
+from isthmus.runs.folder import BASE, SHIPPED_RUNS
+from isthmus.runs.loading import stored_recipe
 from isthmus.scoring.normalise import lower
 from isthmus.speech.corpora import read_corpus, usable
-from isthmus.training.batches import transcript
-from isthmus.training.folder import BASE, SHIPPED_RUNS
-from isthmus.training.run_loading import stored_recipe
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.runs import train
 
 UTTERANCES, HELD_OUT = 150, 20  # at most: to encode one takes about a second of a core

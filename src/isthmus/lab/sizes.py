@@ -15,16 +15,18 @@ from pydantic import TypeAdapter
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from isthmus.build import build_model
 from isthmus.lab.placeholders import Pretrained, Producers, build_sized, with_placeholders
-from isthmus.model.encoder import Encoder, EncoderSettings, parameters
+from isthmus.model.encoder import Encoder, build_encoder, parameters
 from isthmus.model.layers import decoder_layers
-from isthmus.model.llm import LLMSettings
-from isthmus.model.parts import on_meta
-from isthmus.model.presets import PRESETS
+from isthmus.model.llm import build_llm
+from isthmus.model.presets import PRESETS, on_meta
 from isthmus.model.quantise import RowScaledLinear, quantise
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.recipe import CTCRecipe, LanguageRecipe, Recipe
-from isthmus.recipe_settings import SpeechTrainSettings, TrainSettings
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.llms import LLMSettings
+from isthmus.settings.optimisation import SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 NF4_BITS = 4.5  # of a weight, with its share of a scale for every 64
@@ -39,7 +41,7 @@ def sized_model(recipe: Recipe, producers: Producers) -> Iterator[SpeechLLM]:
     """
     plain = recipe.model_copy(update={"llm": recipe.llm.model_copy(update={"quantise": "none"})})
     with on_meta(), TemporaryDirectory(prefix="isthmus-") as folder:
-        yield with_placeholders(plain, Path(folder), producers).build()
+        yield build_model(with_placeholders(plain, Path(folder), producers))
 
 
 @contextmanager
@@ -56,10 +58,10 @@ def preset_parameters(name: str) -> int:
     kind = str(PRESETS[name].config["model_type"])
     with on_meta():
         if PRESETS[name].kind == "llm":
-            return parameters(LLMSettings(path=name).build())[0]
+            return parameters(build_llm(LLMSettings(path=name)))[0]
         part = {"type": "conformer" if kind.startswith("parakeet") else kind, "path": name}
         settings: TypeAdapter[EncoderSettings] = TypeAdapter(EncoderSettings)
-        return parameters(settings.validate_python(part).build())[0]
+        return parameters(build_encoder(settings.validate_python(part)))[0]
 
 
 def presets_table() -> list[dict[str, Any]]:

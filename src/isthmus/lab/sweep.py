@@ -18,7 +18,6 @@ from typing import Any, Literal, TypeVar
 from pydantic import Field, model_validator
 
 from isthmus.errors import IsthmusError, suggest
-from isthmus.model.parts import PartSettings, PretrainedSettings
 from isthmus.recipe import (
     CTCRecipe,
     Experiment,
@@ -27,8 +26,9 @@ from isthmus.recipe import (
     checked_settings,
     named_models,
 )
-from isthmus.recipe_files import find_sweep, parse_yaml, read_recipe, shipped_sweeps
-from isthmus.recipe_settings import DataSettings
+from isthmus.recipe_files import find_sweep, read_recipe, read_yaml, shipped_sweeps
+from isthmus.settings.base import PartSettings, PretrainedSettings
+from isthmus.settings.datasets import DataSettings
 from isthmus.speech.utterances import expand_path, find_corpus
 
 SWEEP = "${SWEEP}"
@@ -317,7 +317,7 @@ def read_sweep(file: Path) -> Sweep:
     It lies beside the sweep, or is shipped; a scale's own keys replace those in it. Raises
     IsthmusError.
     """
-    values = parse_yaml(file.read_text(encoding="utf-8"))
+    values = read_yaml(file)
     given = values.get("scales") if isinstance(values, dict) else None
     scales: dict[str, Any] = given if isinstance(given, dict) else {}
     for name, scale in scales.items():
@@ -330,7 +330,7 @@ def read_sweep(file: Path) -> Sweep:
 def _shared_settings(file: Path, key: str, like: str) -> dict[str, Any]:
     for folder in (file.parent, *(one.parent for one in shipped_sweeps().values())):
         if (folder / like).is_file():
-            found = parse_yaml((folder / like).read_text(encoding="utf-8"))
+            found = read_yaml(folder / like)
             if isinstance(found, dict):
                 return found
             raise IsthmusError(f"{file}: {key}: {folder / like} holds no settings of a scale.")

@@ -10,8 +10,9 @@ from isthmus.decoding.evaluate import load_sets
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json
 from isthmus.lab.sweep import Plan, Run
-from isthmus.model.parts import SHIPPED
+from isthmus.model.parts import sources
 from isthmus.recipe import checked_settings
+from isthmus.settings.base import SHIPPED
 from isthmus.speech.utterances import find_corpus
 from isthmus.training.batches import SpeechData
 
@@ -45,7 +46,7 @@ class Checks:
             path = settings.path
             if path in SHIPPED or Path(path).expanduser().exists():
                 if path not in self._known:
-                    self._known[path] = settings.sources()[""].sha256
+                    self._known[path] = sources(settings)[""].sha256
                 if self._known[path] != part["sha256"]:
                     yield f"the {name} {path} has other files"
 

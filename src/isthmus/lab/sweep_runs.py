@@ -45,10 +45,12 @@ from isthmus.lab.sweep_table import Table, write_tables
 from isthmus.lab.synthesis import draw_texts, synthesise_corpus
 from isthmus.model.encoder import parameters
 from isthmus.recipe import CTCRecipe, LanguageRecipe
+from isthmus.runs.checkpoint import Progress
+from isthmus.runs.folder import ENVIRONMENT, MODEL, PARTS
 from isthmus.scoring import normaliser
-from isthmus.training.batches import transcript
-from isthmus.training.checkpoint import Progress
-from isthmus.training.folder import ENVIRONMENT, MODEL, PARTS
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.loop import METRICS, OnStep
 from isthmus.training.runs import (
     Opening,

@@ -15,13 +15,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from isthmus.build import llm_of
 from isthmus.lab.perplexity import Perplexity, perplexity_text, word_perplexity
 from isthmus.model.adapters import merge_adapters
-from isthmus.model.llm import LLM, LoraSettings
-from isthmus.model.parts import Tune, choose_device
+from isthmus.model.device import choose_device
+from isthmus.model.llm import LLM
 from isthmus.recipe import Recipe
+from isthmus.runs.loading import load_run
 from isthmus.scoring.error_rate import Interval, percentile_interval, resampled_rates
-from isthmus.training.run_loading import load_run
+from isthmus.settings.base import Tune
+from isthmus.settings.llms import LoraSettings
 
 RESAMPLES = 1000
 
@@ -117,9 +120,9 @@ def text_ability(run: Path, texts: Sequence[str]) -> TextAbility:
 def original_llm(recipe: Recipe) -> LLM:
     """The language model of a recipe as it came, on the device, held as the recipe trains it."""
     if recipe.llm.tune == "full":
-        return recipe.build_llm().float().to(choose_device()).eval()
+        return llm_of(recipe).float().to(choose_device()).eval()
     plain = recipe.llm.model_copy(update={"tune": "frozen", "lora": LoraSettings()})
-    llm = recipe.model_copy(update={"llm": plain}).build_llm()
+    llm = llm_of(recipe.model_copy(update={"llm": plain}))
     return llm.to(choose_device()).eval()
 
 

@@ -4,19 +4,17 @@ Shapes: B batch, T encoder frames, A audio embeddings, D encoder width, E LLM wi
 """
 
 import warnings
-from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead
-from isthmus.model.encoder import Encoder, EncoderSettings
+from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
-from isthmus.model.projector_base import Projector, ProjectorBase
-
-Mode = Literal["average", "drop"]
+from isthmus.model.projector_base import Projector, build_projector, check_projector
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import CTCMode, CTCProjectorSettings
 
 
 class CTCProjector(Projector):
@@ -29,7 +27,7 @@ class CTCProjector(Projector):
 
     exact = False
 
-    def __init__(self, head: CTCHead, dims: tuple[int, int], hidden: int, mode: Mode):
+    def __init__(self, head: CTCHead, dims: tuple[int, int], hidden: int, mode: CTCMode):
         super().__init__()
         encoder_dim, llm_dim = dims
         self._head = (head,)  # in a tuple: it stays the encoder's and is no part of this
@@ -68,32 +66,29 @@ class CTCProjector(Projector):
             return head.log_probs(frames[None])[0].argmax(dim=1)
 
 
-class CTCProjectorSettings(ProjectorBase):
-    """The CTC compressor; for an encoder with a CTC head."""
+@check_projector.register
+def _(settings: CTCProjectorSettings, encoder: Encoder, heard: EncoderSettings) -> None:
+    _head(encoder)
+    if heard.tune != "frozen":
+        warnings.warn(
+            f"encoder.tune is {heard.tune}: its CTC head, which projector.type ctc listens "
+            "to, is not trained with it and will understand its frames less and less.",
+            stacklevel=2,
+        )
 
-    type: Literal["ctc"] = "ctc"
-    mode: Mode = "average"
-    """Average the frames of one label, or drop those of the blank."""
-    hidden: int = Field(2048, ge=1)
 
-    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
-        self._head(encoder)
-        if settings.tune != "frozen":
-            warnings.warn(
-                f"encoder.tune is {settings.tune}: its CTC head, which projector.type ctc listens "
-                "to, is not trained with it and will understand its frames less and less.",
-                stacklevel=2,
-            )
+@build_projector.register
+def _(settings: CTCProjectorSettings, encoder: Encoder, llm: LLM) -> CTCProjector:
+    dims = encoder.dim, llm.dim
+    return CTCProjector(_head(encoder), dims, settings.hidden, settings.mode)
 
-    def build(self, encoder: Encoder, llm: LLM) -> CTCProjector:
-        return CTCProjector(self._head(encoder), (encoder.dim, llm.dim), self.hidden, self.mode)
 
-    def _head(self, encoder: Encoder) -> CTCHead:
-        head = encoder.ctc
-        if head is None:
-            raise IsthmusError(
-                "projector.type is 'ctc', but this encoder has no CTC head to listen to. Take an "
-                "encoder of `isthmus pretrain-ctc` or a CTC model of the hub (Parakeet, or wav2vec "
-                "2.0 and its kin, fine-tuned), or another projector.type."
-            )
-        return head
+def _head(encoder: Encoder) -> CTCHead:
+    head = encoder.ctc
+    if head is None:
+        raise IsthmusError(
+            "projector.type is 'ctc', but this encoder has no CTC head to listen to. Take an "
+            "encoder of `isthmus pretrain-ctc` or a CTC model of the hub (Parakeet, or wav2vec "
+            "2.0 and its kin, fine-tuned), or another projector.type."
+        )
+    return head

@@ -15,31 +15,15 @@ from transformers import AutoConfig, AutoModelForCTC, PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
 from isthmus.model.ctc_head import CTCHead, label_log_probs
-from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings
-from isthmus.model.parts import PartSettings, load_network, loading, save_half
+from isthmus.model.features import HOP_SAMPLES, LogMel
+from isthmus.model.parts import load_network, loading, save_half
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRONT_END_FILE = "front_end.json"
 # How much later than a word ends its last letter and the next word's first meet in the shipped
 # Conformer: the median over 245 boundaries of 84 synthetic voices. Taken for every Conformer.
 CONFORMER_DELAY = 0.16  # seconds
-
-
-class ConformerArchitecture(PartSettings):
-    """Sizes of a Conformer (transformers' ParakeetEncoderConfig)."""
-
-    hidden_size: int = 512
-    num_hidden_layers: int = 18
-    num_attention_heads: int = 8
-    intermediate_size: int = 2048
-    conv_kernel_size: int = 11
-    subsampling_factor: int = 8
-    """Feature frames of 10 ms to an encoder frame; a power of two."""
-    subsampling_conv_channels: int = 256
-    dropout: float = 0.1
-    attention_dropout: float = 0.1
-    activation_dropout: float = 0.1
-    layerdrop: float = 0.0
 
 
 class ConformerCTC(CTCHead):

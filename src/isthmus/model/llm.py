@@ -3,10 +3,9 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
-from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -21,83 +20,19 @@ from transformers.pytorch_utils import Conv1D  # the linear layer of GPT-2
 
 from isthmus.errors import IsthmusError
 from isthmus.model.parts import (
-    PartSettings,
-    PretrainedSettings,
     Source,
-    Tune,
     load_config,
     load_network,
     load_tokenizer,
     resolve,
     save_half,
     source,
+    sources,
 )
 from isthmus.model.prompt import plain_tokens, special_tokens
+from isthmus.settings.llms import LLMArchitecture, LLMSettings, LoraSettings
 
 CAUSAL = ("forcausallm", "lmheadmodel")  # how classes of causal language models are called
-
-
-class LoraSettings(PartSettings):
-    """Low-rank adapters (arXiv 2106.09685) on the named linear layers."""
-
-    rank: int = Field(8, ge=1)
-    alpha: int = Field(16, ge=1)
-    dropout: float = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-
-
-class LLMSettings(PretrainedSettings):
-    """Any causal language model by Hugging Face name or folder."""
-
-    gguf: str | None = None
-    """The GGUF file to take of the repository or folder; `path` may also name such a file."""
-    tune: Tune = "frozen"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the weights; auto is what the training has, and without one the files' own."""
-    quantise: Literal["none", "int8", "int4", "fp8"] = "none"
-    """Frozen weights in 8 or 4 bits, or products of float8 numbers (GPUs since Ada)."""
-    lora: LoraSettings = LoraSettings()
-    """Used with `tune: lora`."""
-
-    @property
-    def mergeable(self) -> bool:
-        """Whether there are adapters, beside weights that they can be added to."""
-        return self.tune == "lora" and self.quantise == "none"
-
-    @model_validator(mode="after")
-    def _one_file(self) -> "LLMSettings":
-        if self.gguf is not None and self.path.endswith(".gguf"):
-            raise ValueError("path names a GGUF file already: leave out gguf, or name its folder")
-        return self
-
-    def build(self) -> "LLM":
-        if self.tune != "lora" and self.lora != LoraSettings():
-            warnings.warn(f"llm.lora is ignored with tune: {self.tune}.", stacklevel=2)
-        place = resolve(*self._files)
-        _require_causal(place, self.path)
-        network = load_network(AutoModelForCausalLM, place, self.path, self.dtype)
-        tokenizer = load_tokenizer(place, self.path)
-        if self.tune == "lora":
-            _add_lora(network, self.lora)
-        llm = LLM(network, tokenizer)
-        _require_tokens(llm, self.path)
-        return llm
-
-    def sources(self) -> dict[str, Source]:
-        return {"": source(*self._files)}
-
-    @property
-    def _files(self) -> tuple[str, str | None, str | None]:
-        """Model, revision and GGUF file, whichever way the latter is named."""
-        if not self.path.endswith(".gguf"):
-            return self.path, self.revision, self.gguf
-        file = Path(self.path).expanduser()
-        if not file.is_file():
-            raise IsthmusError(
-                f"llm.path: there is no file {file}. For one of the hub, set llm.path to its "
-                "repository and llm.gguf to the file."
-            )
-        return str(file.parent), None, file.name
 
 
 class LLM(nn.Module):
@@ -186,6 +121,26 @@ class LLM(nn.Module):
         return logits.float()
 
 
+def build_llm(settings: LLMSettings) -> LLM:
+    """The language model of these settings, its weights loaded. Raises IsthmusError."""
+    if settings.tune != "lora" and settings.lora != LoraSettings():
+        warnings.warn(f"llm.lora is ignored with tune: {settings.tune}.", stacklevel=2)
+    place = resolve(*settings.files)
+    _require_causal(place, settings.path)
+    network = load_network(AutoModelForCausalLM, place, settings.path, settings.dtype)
+    tokenizer = load_tokenizer(place, settings.path)
+    if settings.tune == "lora":
+        _add_lora(network, settings.lora)
+    llm = LLM(network, tokenizer)
+    _require_tokens(llm, settings.path)
+    return llm
+
+
+@sources.register
+def _(settings: LLMSettings) -> dict[str, Source]:
+    return {"": source(*settings.files)}
+
+
 def _require_causal(place: Path, path: str) -> None:
     """Raise IsthmusError for a model that says it is something else than a causal LM."""
     config = load_config(place, path)
@@ -236,28 +191,18 @@ def _add_lora(network: PreTrainedModel, settings: LoraSettings) -> None:
     inject_adapter_in_model(config, network)  # the network's own way asks for a newer peft
 
 
-class LLMArchitecture(PartSettings):
-    """Sizes of a small language model to be trained from nothing."""
-
-    family: Literal["llama", "bloom"] = "llama"
-    """bloom's feed-forward is always 4 times its width, and it takes any length."""
-    hidden_size: int = 192
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    intermediate_size: int = 512
-    max_position_embeddings: int = 1024
-
-    def build(self, tokenizer: PreTrainedTokenizerFast) -> LLM:
-        config = AutoConfig.for_model(
-            self.family,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            tie_word_embeddings=True,
-            **self.model_dump(exclude={"family"}),
-        )
-        return LLM(AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer)
+def new_llm(settings: LLMArchitecture, tokenizer: PreTrainedTokenizerFast) -> LLM:
+    """A language model of these sizes with random weights."""
+    config = AutoConfig.for_model(
+        settings.family,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=True,
+        **settings.model_dump(exclude={"family"}),
+    )
+    return LLM(AutoModelForCausalLM.from_config(config, trust_remote_code=False), tokenizer)
 
 
 CHAT_TEMPLATE = (

@@ -4,16 +4,15 @@ Only configuration, tokenizer and weights are ever read: no remote code.
 """
 
 import re
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, field
+from functools import singledispatch
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.utils import logging as transformers_logging
@@ -32,56 +31,21 @@ from isthmus.model.weights import (
     weight_files,
     weights_arguments,
 )
+from isthmus.settings.base import SHIPPED, PartSettings, PretrainedSettings
 
-Tune = Literal["frozen", "lora", "full"]
-
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-SHIPPED = {
-    "isthmus/tiny-conformer": ASSETS / "tiny-conformer",
-    "isthmus/tiny-llama": ASSETS / "tiny-llama",
-    "isthmus/tiny-llama-chat": ASSETS / "tiny-llama-chat",
-}
 SPARE_WEIGHTS = {"masked_spec_embed"}  # of wav2vec 2.0 and its kin, for their own pretraining only
 
 
-_planned: ContextVar[Path | None] = ContextVar("_planned", default=None)
-"""Where models without weights lie while parts are planned with, not loaded."""
+@dataclass(frozen=True)
+class StandIns:
+    """Models without weights, in the place of those that only sizes are asked of."""
+
+    folder: Path
+    write: Callable[[str, Path], None]  # of a model by its name, all but its weights
 
 
-class PartSettings(BaseModel):
-    """What every part of the model shares: strict, immutable settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    def sources(self) -> dict[str, "Source"]:
-        """Where what is pretrained comes from, with checksums, by the dotted name of the part.
-
-        What these settings themselves name has an empty name.
-        """
-        parts = {name: getattr(self, name) for name in type(self).model_fields}
-        return {
-            f"{name}.{below}".rstrip("."): found
-            for name, part in parts.items()
-            if isinstance(part, PartSettings)
-            for below, found in part.sources().items()
-        }
-
-
-class PretrainedSettings(PartSettings):
-    """A part that is loaded from a folder or a Hugging Face repository."""
-
-    path: str
-    """Hugging Face name, local folder, or a model shipped with isthmus (`isthmus/tiny-llama`) or
-    fetched by it (`isthmus/whisper-base`)."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face repository."""
-
-    def at(self, commit: str | None) -> Self:
-        """These settings with the commit that a run recorded, if it did."""
-        return self.model_copy(update={"revision": commit}) if commit else self
-
-    def sources(self) -> dict[str, "Source"]:
-        return {"": source(self.path, self.revision)}
+stand_ins: ContextVar[StandIns | None] = ContextVar("stand_ins", default=None)
+"""Set while parts are on the meta device, and no weight is read or downloaded."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +62,26 @@ class Source:
         return {name: value for name, value in asdict(self).items() if name != "converted" or value}
 
 
+@singledispatch
+def sources(settings: PartSettings) -> dict[str, Source]:
+    """Where what is pretrained comes from, with checksums, by the dotted name of the part.
+
+    What these settings themselves name has an empty name.
+    """
+    parts = {name: getattr(settings, name) for name in type(settings).model_fields}
+    return {
+        f"{name}.{below}".rstrip("."): found
+        for name, part in parts.items()
+        if isinstance(part, PartSettings)
+        for below, found in sources(part).items()
+    }
+
+
+@sources.register
+def _(settings: PretrainedSettings) -> dict[str, Source]:
+    return {"": source(settings.path, settings.revision)}
+
+
 def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> Path:
     """Folder of model `path`, or its file `gguf`; downloaded if it is a Hugging Face name.
 
@@ -105,7 +89,7 @@ def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> 
 
     Raises IsthmusError when there is no such file, or no configuration or weights in the folder.
     """
-    planned = _planned.get()
+    planned = stand_ins.get()
     if path in SHIPPED:
         folder = SHIPPED[path]
     elif Path(path).expanduser().is_dir():
@@ -116,7 +100,7 @@ def resolve(path: str, revision: str | None = None, gguf: str | None = None) -> 
             f"Unknown model {path!r} of isthmus.{suggest(path, known)} Known: {', '.join(known)}."
         )
     elif planned and not is_fetched(path):
-        return _planned_folder(planned, path)
+        return _stand_in(planned, path)
     elif path in FETCHED:
         folder = part_folder(FETCHED[path])
     elif gguf:
@@ -159,34 +143,12 @@ def source(path: str, revision: str | None = None, gguf: str | None = None) -> S
     )
 
 
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Parts that are built within have their sizes and no weights: their networks are on torch's
-    meta device. A Hugging Face name is looked up in isthmus.model.presets; nothing is downloaded.
-    """
-    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder:
-        token = _planned.set(Path(folder))
-        try:
-            yield
-        finally:
-            _planned.reset(token)
-
-
-def _planned_folder(planned: Path, path: str) -> Path:
+def _stand_in(found: StandIns, path: str) -> Path:
     """The folder of a model known by name, with all but its weights."""
-    from isthmus.model.presets import write_preset  # which knows the kinds of parts, as we do not
-
-    folder = planned / path.replace("/", "--")
+    folder = found.folder / path.replace("/", "--")
     if not folder.is_dir():
-        write_preset(path, folder)
+        found.write(path, folder)
     return folder
-
-
-def choose_device() -> torch.device:
-    """The CUDA device this process should use if there is one, else the CPU; meta in a plan."""
-    if _planned.get():
-        return torch.device("meta")
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -227,7 +189,7 @@ def load_network(auto: Any, place: Path, path: str, dtype: str = "auto") -> Any:
     Raises IsthmusError, also for weights that the folder lacks or has in other shapes: transformers
     would go on with random numbers in their place.
     """
-    if _planned.get():
+    if stand_ins.get():
         return _sized_network(auto, place, path, dtype)
     with weights_arguments(place, path) as weights, loading(path, place):
         network, info = auto.from_pretrained(
@@ -267,7 +229,8 @@ def load_tokenizer(place: Path, path: str) -> Any:
 
     Raises IsthmusError.
     """
-    stands_in = _planned.get() == place.parent
+    found = stand_ins.get()
+    stands_in = found is not None and found.folder == place.parent
     auto: Any = PreTrainedTokenizerFast if stands_in else AutoTokenizer
     with loading(path, place):
         return auto.from_pretrained(**arguments(place), trust_remote_code=False)

@@ -1,7 +1,8 @@
 """The projector that says the language model's own tokens: soft tokens in the place of audio.
 
 Shapes: B batch, T encoder frames, A audio embeddings of the projector within, S soft tokens,
-D encoder width, E LLM width, V tokens, C tokens that a soft one is mixed of.
+P of them that are spoken, D encoder width, E LLM width, V tokens, C tokens that a soft one is
+mixed of.
 """
 
 import torch
@@ -54,37 +55,47 @@ class PosteriorProjector(Projector):
     def spoken_length(self, num_frames: int) -> int | None:
         return self.inner.spoken_length(num_frames)
 
-    def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        rows = zip(spoken, lengths.tolist(), strict=True)
-        soft = [self._soft_tokens(row[:length]) for row, length in rows]
+    def audio(
+        self, spoken: Tensor, lengths: Tensor, log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        read = [None] * len(spoken) if log_probs is None else log_probs
+        rows = zip(spoken, read, lengths.tolist(), strict=True)
+        soft = [
+            self._soft_tokens(row[:length], None if own is None else own[:length])
+            for row, own, length in rows
+        ]
         lengths = torch.tensor([len(row) for row in soft], device=spoken.device)
         return nn.utils.rnn.pad_sequence(soft, batch_first=True), lengths
 
-    def _soft_tokens(self, embeddings: Tensor) -> Tensor:
-        """Embeddings (A, E) of an utterance to its soft tokens (S, E)."""
+    def _soft_tokens(self, embeddings: Tensor, log_probs: Tensor | None) -> Tensor:
+        """Embeddings (A, E) of an utterance, read as (A, V + 1), to its soft tokens (S, E)."""
         if len(embeddings) == 0:
             return embeddings
         with torch.no_grad():
-            log_probs = self.ctc.log_probs(embeddings, self.temperature)
+            log_probs = self.ctc.log_probs(embeddings) if log_probs is None else log_probs
+            if self.temperature != 1:
+                log_probs = (log_probs / self.temperature).log_softmax(dim=-1)
             likely, tokens = log_probs[:, :-1].topk(min(MIXED, self.ctc.blank), dim=-1)  # (A, C)
             blank = log_probs[:, -1].exp()
         # at least one; what is no number too, for the loss to show it
         spoken = ~(blank >= max(SILENCE, float(blank.min()) + 1e-6))
         runs = _runs(spoken, tokens[:, 0])
-        tokens = tokens[spoken]
+        tokens = tokens[spoken]  # (P, C)
         with torch.autocast(embeddings.device.type, enabled=False):
             scores = self.ctc.scores(embeddings[spoken], tokens) / self.temperature
             # the values of log_probs; all that they are normalised by has no gradient
             weights = (likely[spoken] + scores - scores.detach()).exp()
-            mixed = torch.einsum("sc,sce->se", weights, self.ctc.llm.embed(tokens).to(weights))
-            count = int(runs[-1]) + 1
-            sums = weights.new_zeros(count, mixed.shape[1]).index_add(0, runs, mixed)
-            shares = weights.new_zeros(count).index_add(0, runs, weights.sum(dim=1))
+            mixed = torch.einsum("pc,pce->pe", weights, self.ctc.llm.embed(tokens).to(weights))
+            # in order, run by run: sums that are scattered are another each time on a GPU
+            sums = torch.segment_reduce(mixed, "sum", lengths=runs)
+            shares = torch.segment_reduce(weights.sum(dim=1), "sum", lengths=runs)
             return sums / shares[:, None]
 
 
 def _runs(spoken: Tensor, best: Tensor) -> Tensor:
-    """For each that is spoken (A,), the number of its run: neighbours with the same best (A,)."""
+    """How many of those that are spoken (A,) are in each run (S,): neighbours of one best (A,)."""
     begins = torch.ones_like(spoken)
     begins[1:] = ~spoken[:-1] | (best[1:] != best[:-1])
-    return (begins & spoken).cumsum(dim=0)[spoken] - 1
+    numbers = (begins & spoken).cumsum(dim=0)[spoken]
+    lengths: Tensor = numbers.unique_consecutive(return_counts=True)[1]
+    return lengths

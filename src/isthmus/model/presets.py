@@ -6,7 +6,9 @@ place of its own. What is not said here is the default of transformers.
 
 import difflib
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +23,13 @@ from transformers import (
 )
 
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import FRONT_END_FILE, ConformerArchitecture
-from isthmus.model.features import LogMelSettings
+from isthmus.model.conformer import FRONT_END_FILE
+from isthmus.model.device import META, on_device
 from isthmus.model.fetch import FETCHED, GIVEN, PARTS
 from isthmus.model.llm import CHAT_TEMPLATE
+from isthmus.model.parts import StandIns, stand_ins
 from isthmus.model.spelling import letter_tokenizer
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
 
 Config = Mapping[str, Any]
 LETTERS_A_TOKEN = 4  # of the tokenizer that stands in: about what those of LLMs make of English
@@ -309,3 +313,16 @@ def stand_in_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = CHAT_TEMPLATE
     return fast
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Parts that are built within have their sizes and no weights: their networks are on torch's
+    meta device. A Hugging Face name is looked up here; nothing is downloaded.
+    """
+    with tempfile.TemporaryDirectory(prefix="isthmus-") as folder, on_device(META):
+        token = stand_ins.set(StandIns(Path(folder), write_preset))
+        try:
+            yield
+        finally:
+            stand_ins.reset(token)

@@ -2,28 +2,37 @@
 
 Shapes: B batch, T encoder frames, A audio embeddings, D encoder width, E LLM width, H hidden width.
 
-To add one: a class with the members of Projector, its settings class, and its name in
-ProjectorSettings at the end of this file.
+To add one: a class with the members of Projector and its builder, and its settings class in
+isthmus.settings.projectors.
 """
 
 import math
-from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from isthmus.errors import IsthmusError
-from isthmus.model.compressor import CTCProjectorSettings
-from isthmus.model.encoder import Encoder, EncoderSettings
+from isthmus.model import compressor, qformer, units
+from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
 from isthmus.model.posterior import PosteriorProjector
-from isthmus.model.projector_base import Projector, ProjectorBase, check_heads, stacked, within
-from isthmus.model.qformer import QFormerSettings
+from isthmus.model.projector_base import (
+    Projector,
+    build_projector,
+    check_projector,
+    stacked,
+    within,
+)
 from isthmus.model.token_ctc import TokenCTC
-from isthmus.model.units import UnitProjectorSettings
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import (
+    ConvProjectorSettings,
+    LinearProjectorSettings,
+    PosteriorProjectorSettings,
+    TransformerProjectorSettings,
+)
 
-__all__ = ["LinearProjector", "LinearProjectorSettings", "Projector", "ProjectorSettings"]
+# imported for their builders
+__all__ = ["Projector", "build_projector", "check_projector", "compressor", "qformer", "units"]
 
 
 class LinearProjector(Projector):
@@ -49,50 +58,15 @@ class LinearProjector(Projector):
         return embeddings, num_frames // self.downsample_rate
 
 
-class LinearProjectorSettings(ProjectorBase):
-    """The projector of SLAM-ASR, or of Fathullah et al."""
+@check_projector.register
+def _(settings: LinearProjectorSettings, encoder: Encoder, heard: EncoderSettings) -> None:
+    settings.rate(encoder.frame_rate)
 
-    type: Literal["linear"] = "linear"
-    downsample_rate: int | None = Field(None, ge=1)
-    """Encoder frames to an audio embedding (the paper's k); 5 unless stride_ms is given."""
-    stride_ms: float | None = Field(None, gt=0)
-    """Milliseconds of audio to an audio embedding, instead of downsample_rate."""
-    hidden: int | None = Field(2048, ge=1)
-    """Width in between; null is a single Linear."""
 
-    @model_validator(mode="before")
-    @classmethod
-    def _one_stride(cls, values: Any) -> Any:
-        if isinstance(values, dict):
-            rate, stride = values.get("downsample_rate"), values.get("stride_ms")
-            if rate is not None and stride is not None:
-                raise ValueError(
-                    "give one of downsample_rate, stride_ms, not both: set the other to null"
-                )
-            if rate is None and stride is None:
-                return {**values, "downsample_rate": 5}
-        return values
-
-    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
-        self._rate(encoder)
-
-    def build(self, encoder: Encoder, llm: LLM) -> LinearProjector:
-        return LinearProjector(encoder.dim, llm.dim, self._rate(encoder), self.hidden)
-
-    def _rate(self, encoder: Encoder) -> int:
-        if self.downsample_rate is not None:
-            return self.downsample_rate
-        assert self.stride_ms is not None
-        exact = self.stride_ms * encoder.frame_rate / 1000
-        rate = max(1, round(exact))
-        if not math.isclose(exact, rate, rel_tol=1e-6):
-            frame = 1000 / encoder.frame_rate
-            near = ", ".join(f"{n * frame:g}" for n in range(max(1, rate - 2), rate + 3))
-            raise IsthmusError(
-                f"projector.stride_ms is {self.stride_ms:g}, but a frame of this encoder is "
-                f"{frame:g} ms, and a stride is a whole number of them: {near}, ..."
-            )
-        return rate
+@build_projector.register
+def _(settings: LinearProjectorSettings, encoder: Encoder, llm: LLM) -> LinearProjector:
+    rate = settings.rate(encoder.frame_rate)
+    return LinearProjector(encoder.dim, llm.dim, rate, settings.hidden)
 
 
 class ConvProjector(Projector):
@@ -131,35 +105,10 @@ class ConvProjector(Projector):
         return self.linear(hidden.transpose(1, 2)), lengths
 
 
-class ConvProjectorSettings(ProjectorBase):
-    """Strided convolutions over time."""
-
-    type: Literal["conv1d"] = "conv1d"
-    downsample_rate: int = Field(5, ge=1)
-    """Encoder frames to an audio embedding."""
-    kernel_size: int = Field(5, ge=1)
-    """Frames that a convolution sees."""
-    hidden: int = Field(2048, ge=1)
-
-    @model_validator(mode="after")
-    def _sees_every_frame(self) -> "ConvProjectorSettings":
-        if self.kernel_size < max(self._strides()):
-            raise ValueError(
-                f"kernel_size {self.kernel_size} is less than the stride {max(self._strides())}: "
-                "frames in between would not be seen"
-            )
-        return self
-
-    def build(self, encoder: Encoder, llm: LLM) -> ConvProjector:
-        return ConvProjector(encoder.dim, llm.dim, self._strides(), self.kernel_size, self.hidden)
-
-    def _strides(self) -> list[int]:
-        """The prime factors of the rate, in rising order."""
-        factors, rest = [], self.downsample_rate
-        while rest > 1:
-            factors.append(next(n for n in range(2, rest + 1) if rest % n == 0))
-            rest //= factors[-1]
-        return factors or [1]
+@build_projector.register
+def _(settings: ConvProjectorSettings, encoder: Encoder, llm: LLM) -> ConvProjector:
+    dims = encoder.dim, llm.dim
+    return ConvProjector(*dims, settings.strides, settings.kernel_size, settings.hidden)
 
 
 class TransformerProjector(Projector):
@@ -199,26 +148,9 @@ class TransformerProjector(Projector):
         return self.linear2(self.norm(hidden)), lengths
 
 
-class TransformerProjectorSettings(ProjectorBase):
-    """A small bidirectional Transformer over stacked frames."""
-
-    type: Literal["transformer"] = "transformer"
-    downsample_rate: int = Field(5, ge=1)
-    """Encoder frames to an audio embedding."""
-    layers: int = Field(2, ge=1)
-    heads: int = Field(12, ge=1)
-    hidden: int = Field(768, ge=2, multiple_of=2)
-    """Width of the Transformer; that of its feed-forward layers is four times as much."""
-    dropout: float = Field(0.0, ge=0, lt=1)
-    """In training."""
-
-    @model_validator(mode="after")
-    def _shared_out(self) -> "TransformerProjectorSettings":
-        check_heads(self.hidden, self.heads)
-        return self
-
-    def build(self, encoder: Encoder, llm: LLM) -> TransformerProjector:
-        return TransformerProjector(encoder.dim, llm.dim, self)
+@build_projector.register
+def _(settings: TransformerProjectorSettings, encoder: Encoder, llm: LLM) -> TransformerProjector:
+    return TransformerProjector(encoder.dim, llm.dim, settings)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -228,31 +160,11 @@ def sinusoids(length: int, width: int) -> Tensor:
     return torch.stack([angles.sin(), angles.cos()], dim=2).flatten(1)
 
 
-InnerProjectorSettings = (
-    LinearProjectorSettings | ConvProjectorSettings | TransformerProjectorSettings
-)
+@check_projector.register
+def _(settings: PosteriorProjectorSettings, encoder: Encoder, heard: EncoderSettings) -> None:
+    check_projector(settings.inner, encoder, heard)
 
 
-class PosteriorProjectorSettings(ProjectorBase):
-    """Soft tokens: CTC over the LLM's own vocabulary, behind another projector."""
-
-    type: Literal["ctc-posterior"] = "ctc-posterior"
-    inner: InnerProjectorSettings = Field(LinearProjectorSettings(), discriminator="type")
-    """The projector whose embeddings say tokens."""
-
-    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
-        self.inner.check(encoder, settings)
-
-    def build(self, encoder: Encoder, llm: LLM) -> PosteriorProjector:
-        return PosteriorProjector(self.inner.build(encoder, llm), TokenCTC(llm))
-
-
-ProjectorSettings = (
-    LinearProjectorSettings
-    | ConvProjectorSettings
-    | QFormerSettings
-    | TransformerProjectorSettings
-    | CTCProjectorSettings
-    | UnitProjectorSettings
-    | PosteriorProjectorSettings
-)
+@build_projector.register
+def _(settings: PosteriorProjectorSettings, encoder: Encoder, llm: LLM) -> PosteriorProjector:
+    return PosteriorProjector(build_projector(settings.inner, encoder, llm), TokenCTC(llm))

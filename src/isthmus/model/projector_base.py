@@ -1,17 +1,19 @@
-"""The contract of projectors: what all of them promise, and what their settings do.
+"""The contract of projectors: what all of them promise, and how they are built from settings.
 
 Shapes: B batch, T encoder frames, A audio embeddings, D encoder width, E LLM width.
 """
 
 from abc import abstractmethod
+from functools import singledispatch
 
 import torch
 from torch import Tensor, nn
 
-from isthmus.model.encoder import Encoder, EncoderSettings
+from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
-from isthmus.model.parts import PartSettings
 from isthmus.model.token_ctc import TokenCTC
+from isthmus.settings.base import PartSettings
+from isthmus.settings.encoders import EncoderSettings
 
 
 class Projector(nn.Module):
@@ -46,20 +48,28 @@ class Projector(nn.Module):
         """Embeddings that `spoken` makes of frames; None if that depends on what is heard."""
         return self.output_length(num_frames) if self.exact else None
 
-    def audio(self, spoken: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The audio embeddings that come of `spoken`, with their lengths: the second half."""
+    def audio(
+        self, spoken: Tensor, lengths: Tensor, log_probs: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The audio embeddings that come of `spoken`, with their lengths: the second half.
+
+        `log_probs` (B, A, V + 1) are what `ctc` reads, where that is known already.
+        """
         return spoken, lengths
 
 
-class ProjectorBase(PartSettings):
-    """Settings of a projector, which asks the encoder and the LLM for all that they know."""
+@singledispatch
+def check_projector(settings: PartSettings, encoder: Encoder, heard: EncoderSettings) -> None:
+    """Raise IsthmusError if it cannot be behind that encoder, whose settings are `heard`.
 
-    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
-        """Raises IsthmusError if it cannot be behind that encoder; called before the LLM loads."""
+    Called before the LLM loads. Most projectors fit any encoder.
+    """
 
-    @abstractmethod
-    def build(self, encoder: Encoder, llm: LLM) -> Projector:
-        """A projector with random weights between the two; neither becomes a part of it."""
+
+@singledispatch
+def build_projector(settings: PartSettings, encoder: Encoder, llm: LLM) -> Projector:
+    """A projector with random weights between the two; neither becomes a part of it."""
+    raise TypeError(f"{type(settings).__name__} has no builder here")
 
 
 def within(lengths: Tensor, longest: int) -> Tensor:
@@ -74,9 +84,3 @@ def stacked(frames: Tensor, count: int) -> Tensor:
     """`count` neighbouring frames (B, T, D) side by side: (B, T // count, count D)."""
     batch, length, dim = frames.shape
     return frames[:, : length // count * count].reshape(batch, length // count, count * dim)
-
-
-def check_heads(hidden: int, heads: int) -> None:
-    """Raises ValueError for a width that cannot be shared out among the heads."""
-    if hidden % heads:
-        raise ValueError(f"hidden {hidden} is not a multiple of heads {heads}")

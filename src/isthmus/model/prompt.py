@@ -28,7 +28,7 @@ from jinja2 import TemplateError
 from pydantic import Field
 
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import PartSettings
+from isthmus.settings.base import PartSettings
 
 INSTRUCTION = "Transcribe speech to text."  # SLAM-ASR, section 3.2
 SYSTEM_MARK, AUDIO_MARK = "<<system>>", "<<audio>>"  # stand in for what a chat template is given

@@ -4,16 +4,14 @@ Shapes: B batch, T encoder frames, W windows, M frames of a window, Q queries, A
 embeddings, D encoder width, H hidden width, E LLM width.
 """
 
-from typing import Literal
-
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from isthmus.errors import IsthmusError
-from isthmus.model.encoder import Encoder, EncoderSettings
+from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
-from isthmus.model.projector_base import Projector, ProjectorBase, check_heads, within
+from isthmus.model.projector_base import Projector, build_projector, check_projector, within
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import QFormerSettings
 
 SEGMENTS = 64  # that have a position of their own; those behind share the last
 
@@ -64,45 +62,15 @@ class QFormer(Projector):
         return self.linear(hidden.reshape(batch, -1, hidden.shape[2])), lengths
 
 
-class QFormerSettings(ProjectorBase):
-    """Learnt queries that attend to windows of frames."""
+@check_projector.register
+def _(settings: QFormerSettings, encoder: Encoder, heard: EncoderSettings) -> None:
+    settings.window(encoder.frame_rate, encoder.max_seconds)
 
-    type: Literal["qformer"] = "qformer"
-    layers: int = Field(2, ge=1)
-    heads: int = Field(12, ge=1)
-    hidden: int = Field(768, ge=1)
-    """Width of the queries; that of the feed-forward layers is four times as much."""
-    queries: int = Field(1, ge=1)
-    """Audio embeddings of a window."""
-    window_seconds: float = Field(0.33, gt=0)
-    """Length of a window, rounded to whole frames."""
-    segment_positions: bool = False
-    """A learnt embedding for each window's frames, for long windows."""
 
-    @model_validator(mode="after")
-    def _shared_out(self) -> "QFormerSettings":
-        check_heads(self.hidden, self.heads)
-        return self
-
-    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
-        self._window(encoder)
-
-    def build(self, encoder: Encoder, llm: LLM) -> QFormer:
-        return QFormer(encoder.dim, llm.dim, self._window(encoder), self)
-
-    def _window(self, encoder: Encoder) -> int:
-        """Frames of a window."""
-        frame, limit = 1 / encoder.frame_rate, encoder.max_seconds
-        if self.window_seconds < frame:
-            fault = f"shorter than a frame of this encoder ({frame:g} s)"
-        elif limit is not None and self.window_seconds > limit:
-            fault = f"longer than this encoder hears ({limit:g} s)"
-        else:
-            return int(self.window_seconds / frame + 0.5)
-        raise IsthmusError(
-            f"projector.window_seconds is {self.window_seconds:g}, {fault}. "
-            f"Take one from {frame:g} to {limit or 30.0:g} s."
-        )
+@build_projector.register
+def _(settings: QFormerSettings, encoder: Encoder, llm: LLM) -> QFormer:
+    window = settings.window(encoder.frame_rate, encoder.max_seconds)
+    return QFormer(encoder.dim, llm.dim, window, settings)
 
 
 def _layer(encoder_dim: int, hidden: int, heads: int) -> nn.TransformerDecoderLayer:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
+from isthmus.model.device import choose_device
 from isthmus.model.layers import decoder_layers
-from isthmus.model.parts import choose_device
 
 Kind = Literal["int8", "int4", "fp8"]
 

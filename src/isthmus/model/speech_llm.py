@@ -7,7 +7,7 @@ loss, E LLM width, V tokens.
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +18,10 @@ from isthmus.model.encoder import Encoder, parameters
 from isthmus.model.features import without_autocast
 from isthmus.model.llm import LLM
 from isthmus.model.packing import Choice, choose_attention, packed_hidden
-from isthmus.model.parts import Tune, freeze
+from isthmus.model.parts import freeze
 from isthmus.model.projector import Projector
 from isthmus.model.prompt import Prompt, prompt_tokens, tokenise, transcript_tokens
+from isthmus.settings.base import Tune
 from isthmus.speech.audio import SAMPLE_RATE
 
 IGNORE = -100  # label of a position without loss
@@ -181,9 +182,15 @@ class SpeechLLM(nn.Module):
         """Frames (T, D) to the embeddings (A, E) that the projector's CTC head reads."""
         return _together(self.projector.spoken, [row.float() for row in frames])
 
-    def audio(self, spoken: Sequence[Tensor]) -> list[Tensor]:
-        """What `spoken` gave, to what `project` gives."""
-        return _together(self.projector.audio, spoken)
+    def audio(
+        self, spoken: Sequence[Tensor], log_probs: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        """What `spoken` gave, to what `project` gives.
+
+        `log_probs` (A, V + 1) are what the projector's CTC head reads, where that is known already.
+        """
+        read = nn.utils.rnn.pad_sequence(list(log_probs), batch_first=True) if log_probs else None
+        return _together(partial(self.projector.audio, log_probs=read), spoken)
 
     def embed_audio(self, waveforms: Tensor, num_samples: Tensor) -> list[Tensor]:
         """Waveforms (B, S) to B tensors of audio embeddings (A, E), each at its own length."""

@@ -1,70 +1,64 @@
 """Spelling units of CTC: letters, or sentence pieces learnt from the texts.
 
-To add a kind: a settings class here with `tokenizer`, and its name in UnitSettings below.
+To add a kind: its `learn_units` here, and a settings class in isthmus.settings.conformers.
 """
 
 import itertools
 import json
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, Literal
+from functools import singledispatch
+from typing import Any
 
-from pydantic import Field
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import PartSettings
+from isthmus.settings.base import PartSettings
+from isthmus.settings.conformers import LETTERS, LetterUnits, SentencePieceUnits
 
-LETTERS = "abcdefghijklmnopqrstuvwxyz' "
 BLANK, UNKNOWN = "<blank>", "<unk>"
 WILDCARD = -1  # stands for letters that units cannot spell: the likeliest of its own
 WORD_BORDER = "\u2581"  # stands for the space before a word in sentence pieces
 
 
-class LetterUnits(PartSettings):
-    """Single letters."""
-
-    type: Literal["letters"] = "letters"
-    letters: str = Field(LETTERS, min_length=1)
-
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        """Needs no texts."""
-        return letter_tokenizer(self.letters)
+@singledispatch
+def learn_units(settings: PartSettings, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer of spelling units, learnt from texts where there is something to learn."""
+    raise TypeError(f"{type(settings).__name__} has no tokenizer here")
 
 
-class SentencePieceUnits(PartSettings):
-    """Pieces of words by a unigram model (Kudo 2018, arXiv 1804.10959) of the training texts."""
+@learn_units.register
+def _(settings: LetterUnits, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    return letter_tokenizer(settings.letters)
 
-    type: Literal["sentencepiece"]
-    size: int = Field(500, ge=3)
-    """Units at most, blank and unknown among them; few texts give fewer."""
 
-    def tokenizer(self, texts: Iterable[str]) -> PreTrainedTokenizerFast:
-        """Raises IsthmusError where there are more letters than units.
+@learn_units.register
+def _(settings: SentencePieceUnits, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Raises IsthmusError where there are more letters than units.
 
-        The same texts give the same units as far as no two candidates are equally good: which of
-        these is left out is chance.
-        """
-        texts = list(texts)
-        letters = {letter for text in texts for letter in text if not letter.isspace()}
-        needed = len(letters) + 3  # blank, unknown, the border of words
-        if needed > self.size:
-            raise IsthmusError(
-                f"units.size is {self.size}, but the texts have {len(letters)} letters, which need "
-                f"{needed} units. Raise it, or clean the texts."
-            )
-        tokenizer = Tokenizer(models.Unigram())
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
-        trainer = trainers.UnigramTrainer(
-            vocab_size=self.size,
-            special_tokens=[BLANK, UNKNOWN],
-            unk_token=UNKNOWN,
-            show_progress=False,
+    The same texts give the same units as far as no two candidates are equally good: which of
+    these is left out is chance.
+    """
+    texts = list(texts)
+    letters = {letter for text in texts for letter in text if not letter.isspace()}
+    needed = len(letters) + 3  # blank, unknown, the border of words
+    if needed > settings.size:
+        raise IsthmusError(
+            f"units.size is {settings.size}, but the texts have {len(letters)} letters, which need "
+            f"{needed} units. Raise it, or clean the texts."
         )
-        tokenizer.train_from_iterator(texts, trainer)
-        return for_ctc(_in_order(tokenizer))
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
+    trainer = trainers.UnigramTrainer(
+        vocab_size=settings.size,
+        special_tokens=[BLANK, UNKNOWN],
+        unk_token=UNKNOWN,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return for_ctc(_in_order(tokenizer))
 
 
 def _in_order(tokenizer: Tokenizer) -> Tokenizer:
@@ -74,9 +68,6 @@ def _in_order(tokenizer: Tokenizer) -> Tokenizer:
     rounded = sorted((-round(score, 6), piece) for piece, score in pieces)
     values["model"]["vocab"] = [*special, *([piece, -score] for score, piece in rounded)]
     return Tokenizer.from_str(json.dumps(values))
-
-
-UnitSettings = LetterUnits | SentencePieceUnits
 
 
 def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:

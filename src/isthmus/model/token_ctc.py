@@ -26,6 +26,7 @@ from isthmus.model.llm import LLM
 SAMPLED = 4096  # tokens that stand for all that no transcript of a training batch has
 SHARPNESS = 4.0  # scores of embeddings that are as long as the tokens', in the root of their width
 CHUNK_BYTES = 32 * 2**20  # scores at a time, counted in float32
+COLUMNS = 32  # at least, of a product: libraries sum those of a few in another order
 
 
 class TokenCTC(nn.Module):
@@ -55,12 +56,11 @@ class TokenCTC(nn.Module):
         """The label of no token, V."""
         return len(_table(self.llm))
 
-    def log_probs(self, embeddings: Tensor, temperature: float = 1.0) -> Tensor:
+    def log_probs(self, embeddings: Tensor) -> Tensor:
         """Audio embeddings (..., E) to log-probabilities (..., V + 1), in float32."""
         with torch.autocast(embeddings.device.type, enabled=False):
             tokens = (self._scaled(embeddings) @ _table(self.llm).T).float()
-            scores = torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1)
-            return (scores / temperature if temperature != 1 else scores).log_softmax(dim=-1)
+            return torch.cat([tokens, self._blank(embeddings)[..., None]], dim=-1).log_softmax(-1)
 
     def scores(self, embeddings: Tensor, tokens: Tensor) -> Tensor:
         """Products, scaled, of embeddings (A, E) with some tokens each (A, C): (A, C), float32."""
@@ -125,6 +125,35 @@ class TokenCTC(nn.Module):
         """Scores (...) of the blank."""
         wide = embeddings.float()
         return wide @ self.blank_direction * self.scale + self.blank_bias
+
+
+class TokenLogProbs:
+    """Columns of the log-probabilities (A, V + 1) of an utterance, computed when asked about.
+
+    From its embeddings (A, E), on their device, to the CPU. All of them are 75 MB for 30 s of the
+    usual vocabulary, and a search asks about few.
+    """
+
+    def __init__(self, ctc: TokenCTC, embeddings: Tensor, log_probs: Tensor):
+        self.shape = log_probs.shape
+        self._table = _table(ctc.llm)
+        self._scaled, self._blank = ctc._scaled(embeddings), ctc._blank(embeddings)[:, None]
+        best, unit = log_probs.max(dim=1, keepdim=True)
+        self._best, self._largest = best, self._scores(unit[:, 0]).diagonal()[:, None]
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: tuple[slice, Tensor]) -> Tensor:
+        rows, units = places
+        return (self._scores(units) - self._largest + self._best)[rows].cpu()
+
+    def _scores(self, units: Tensor) -> Tensor:
+        """Scores (A, C) of units (C,), rounded as those of all."""
+        units, blank = units.to(self._scaled.device), len(self._table)
+        tokens = units.clamp(max=blank - 1).repeat(-(-COLUMNS // max(1, len(units))))
+        scores = (self._scaled @ self._table[tokens].T)[:, : len(units)].float()
+        return torch.where(units == blank, self._blank, scores)
 
 
 def needed_embeddings(tokens: Sequence[int]) -> int:

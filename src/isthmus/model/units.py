@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +16,13 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
-from isthmus.model.encoder import Encoder, EncoderSettings
+from isthmus.model.encoder import Encoder
 from isthmus.model.llm import LLM
-from isthmus.model.parts import Source
-from isthmus.model.projector_base import Projector, ProjectorBase
+from isthmus.model.parts import Source, sources
+from isthmus.model.projector_base import Projector, build_projector, check_projector
 from isthmus.model.weights import sha256
+from isthmus.settings.encoders import EncoderSettings
+from isthmus.settings.projectors import UnitProjectorSettings
 
 METADATA = "units"  # under which a file says what it is of, as JSON
 SAMPLE = 8192  # embeddings of the LLM that statistics are taken of, at least
@@ -61,10 +62,10 @@ class Units:
             ) from error
 
 
-def files_digest(sources: Mapping[str, Source]) -> str:
+def files_digest(files: Mapping[str, Source]) -> str:
     """SHA-256 of all files that an encoder is loaded from."""
-    files = {name: source.sha256 for name, source in sources.items()}
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+    sums = {name: source.sha256 for name, source in files.items()}
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 def nearest(frames: Tensor, centroids: Tensor) -> Tensor:
@@ -103,60 +104,46 @@ class UnitProjector(Projector):
         return self.units(nn.utils.rnn.pad_sequence(units, batch_first=True)), lengths
 
 
-class UnitProjectorSettings(ProjectorBase):
-    """Discrete units as new tokens; `isthmus units` makes their file."""
+@sources.register
+def _(settings: UnitProjectorSettings) -> dict[str, Source]:
+    return {"": Source(settings.path, None, {settings.file.name: sha256(settings.file)})}
 
-    type: Literal["units"] = "units"
-    path: str
-    """File of centroids."""
-    deduplicate: bool = True
-    """Neighbouring frames of one unit give one embedding."""
 
-    @property
-    def file(self) -> Path:
-        """Raises IsthmusError if there is none."""
-        file = Path(self.path).expanduser()
-        if not file.is_file():
-            raise IsthmusError(
-                f"projector.path: there is no file {file}. Make it with: "
-                f"isthmus units RECIPE --output {file}"
-            )
-        return file
+@check_projector.register
+def _(settings: UnitProjectorSettings, encoder: Encoder, heard: EncoderSettings) -> None:
+    if heard.tune != "frozen":
+        raise IsthmusError(
+            f"encoder.tune is {heard.tune!r}, but units are of the frames of an encoder "
+            "that stays as it is. Set encoder.tune: frozen, or take another projector.type."
+        )
+    units = _units(settings, encoder)
+    if any(value.is_meta for value in encoder.parameters()):
+        return  # it is only planned with, and its weights are not at hand
+    if units.sha256 != files_digest(sources(heard)):
+        raise IsthmusError(
+            f"projector.path: {settings.path} holds units of the encoder {units.encoder}, whose "
+            "files have another SHA-256 than those of this recipe's encoder. Make units of "
+            "this one with `isthmus units`, or put the other back."
+        )
 
-    def sources(self) -> dict[str, Source]:
-        return {"": Source(self.path, None, {self.file.name: sha256(self.file)})}
 
-    def check(self, encoder: Encoder, settings: EncoderSettings) -> None:
-        if settings.tune != "frozen":
-            raise IsthmusError(
-                f"encoder.tune is {settings.tune!r}, but units are of the frames of an encoder "
-                "that stays as it is. Set encoder.tune: frozen, or take another projector.type."
-            )
-        units = self._units(encoder)
-        if any(value.is_meta for value in encoder.parameters()):
-            return  # it is only planned with, and its weights are not at hand
-        if units.sha256 != files_digest(settings.sources()):
-            raise IsthmusError(
-                f"projector.path: {self.path} holds units of the encoder {units.encoder}, whose "
-                "files have another SHA-256 than those of this recipe's encoder. Make units of "
-                "this one with `isthmus units`, or put the other back."
-            )
+@build_projector.register
+def _(settings: UnitProjectorSettings, encoder: Encoder, llm: LLM) -> UnitProjector:
+    """The table is drawn with the mean and deviation of the LLM's own embeddings."""
+    centroids = _units(settings, encoder).centroids
+    vocabulary = int(llm.network.config.get_text_config().vocab_size)
+    some = torch.arange(0, vocabulary, max(1, vocabulary // SAMPLE))
+    deviation, mean = torch.std_mean(llm.embed(some).detach().float(), dim=0)
+    table = mean + deviation * torch.randn(len(centroids), llm.dim, device=mean.device)
+    return UnitProjector(centroids, table, settings.deduplicate)
 
-    def build(self, encoder: Encoder, llm: LLM) -> UnitProjector:
-        """The table is drawn with the mean and deviation of the LLM's own embeddings."""
-        centroids = self._units(encoder).centroids
-        vocabulary = int(llm.network.config.get_text_config().vocab_size)
-        some = torch.arange(0, vocabulary, max(1, vocabulary // SAMPLE))
-        deviation, mean = torch.std_mean(llm.embed(some).detach().float(), dim=0)
-        table = mean + deviation * torch.randn(len(centroids), llm.dim, device=mean.device)
-        return UnitProjector(centroids, table, self.deduplicate)
 
-    def _units(self, encoder: Encoder) -> Units:
-        units = Units.load(self.file)
-        if units.centroids.shape[1] != encoder.dim:
-            raise IsthmusError(
-                f"projector.path: {self.path} holds units of frames {units.centroids.shape[1]} "
-                f"wide, of the encoder {units.encoder}; this recipe's encoder has frames "
-                f"{encoder.dim} wide. Make units of this one with `isthmus units`."
-            )
-        return units
+def _units(settings: UnitProjectorSettings, encoder: Encoder) -> Units:
+    units = Units.load(settings.file)
+    if units.centroids.shape[1] != encoder.dim:
+        raise IsthmusError(
+            f"projector.path: {settings.path} holds units of frames {units.centroids.shape[1]} "
+            f"wide, of the encoder {units.encoder}; this recipe's encoder has frames "
+            f"{encoder.dim} wide. Make units of this one with `isthmus units`."
+        )
+    return units

@@ -3,6 +3,8 @@
 Needs neither torch nor transformers, so a machine without them can score what another decoded.
 """
 
+from isthmus.scoring.by_language import LanguageScores, score_languages
+from isthmus.scoring.comparison import Comparison, PairedScores, compare
 from isthmus.scoring.error_rate import (
     ErrorCounts,
     Score,
@@ -11,19 +13,21 @@ from isthmus.scoring.error_rate import (
     score,
     score_sets,
 )
-from isthmus.scoring.languages import LanguageScores, score_languages
 from isthmus.scoring.normalise import NORMALISERS, normaliser
 from isthmus.scoring.significance import PairedResult, paired_bootstrap, paired_mean
 from isthmus.scoring.texts import read_pair, read_texts
 
 __all__ = [
     "NORMALISERS",
+    "Comparison",
     "ErrorCounts",
     "LanguageScores",
     "PairedResult",
+    "PairedScores",
     "Score",
     "SetScores",
     "UtteranceScore",
+    "compare",
     "normaliser",
     "paired_bootstrap",
     "paired_mean",

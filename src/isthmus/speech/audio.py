@@ -1,28 +1,33 @@
 """From any audio file to a 16 kHz mono waveform, or to one clear reason why not.
 
-`load_audio` and `audio_blocks` are the only doors: soundfile reads wav, flac, ogg, opus and mp3;
-PyAV (extra `media`) the rest. Files are decoded in blocks and resampled as they come, so memory is
-that of the result.
+`load_audio` and `audio_blocks` are the only doors. Headers estimate and the data decide: a file is
+read to its end, in the time of a player. Files are decoded in blocks and resampled as they come, so
+memory is that of the result.
 """
 
 import io
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import av
 import numpy as np
 import soundfile
 import soxr
 
+from isthmus.speech.containers import Untagged, promise
 from isthmus.speech.decoders import (
     DURATION_TOLERANCE,
     AudioCode,
     AudioError,
     AvReader,
+    Block,
     SoundFileReader,
+    tell,
 )
 
 __all__ = [
@@ -32,6 +37,7 @@ __all__ = [
     "AudioCode",
     "AudioError",
     "AudioInfo",
+    "Recording",
     "audio_blocks",
     "audio_info",
     "check_samples",
@@ -42,15 +48,35 @@ SAMPLE_RATE = 16_000  # Hz, of every waveform inside isthmus
 MAX_SECONDS = 4 * 3600.0
 MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 400_000  # Hz
 MAX_CHANNELS = 64
-MAGIC = (b"RIFF", b"RF64", b"fLaC", b"OggS", b"ID3", b"FORM", b"caff", b".snd", b"\x1aE\xdf\xa3")
+LINEAR = (b"RIFF", b"RF64", b"BW64", b"riff", b"FORM", b"caff", b".snd", b"NIST")
+MAGIC = (*LINEAR, b"fLaC", b"OggS", b"ID3", b"\x1aE\xdf\xa3")
 MAX_ABS_SAMPLE = 1e3  # full scale is 1; integers written as floats reach 32768
+OPPOSITE = 0.01  # power of the channels' mean, of theirs, below which they cancel each other
 
 Reader = SoundFileReader | AvReader
 
 
+Source = str | Path | bytes | BinaryIO
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A file and what of it is heard: a `channel`, else the mean of all; a `track`, else the first.
+
+    Both count from 0; a video may have several audio tracks.
+    """
+
+    source: Source
+    channel: int | None = None
+    track: int | None = None
+
+    def __str__(self) -> str:
+        return _name(self.source)
+
+
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file says of itself: `duration` in seconds, `sample_rate` in Hz, `channels`."""
+    """What a file holds: `duration` in seconds, and its first `sample_rate` (Hz) and `channels`."""
 
     duration: float
     sample_rate: int
@@ -58,7 +84,7 @@ class AudioInfo:
 
 
 def load_audio(
-    source: str | Path | bytes | BinaryIO,
+    source: Source | Recording,
     *,
     start: float = 0.0,
     duration: float | None = None,
@@ -72,19 +98,14 @@ def load_audio(
     when the result would last longer than `max_seconds`.
     """
     _check_range(start, duration)
-    with _open(source) as reader:
+    recording = source if isinstance(source, Recording) else Recording(source, channel)
+    with _open(recording) as reader:
         limit = _planned_seconds(reader, start, duration)
         if limit is not None and limit > max_seconds:
             raise _too_long(reader.name, max_seconds)
-        if channel is not None and not 0 <= channel < reader.channels:
-            raise AudioError(
-                "no_channels",
-                f"{reader.name}: channel {channel} was asked for, but channels are 0 to "
-                f"{reader.channels - 1}. Correct the channel in the manifest.",
-            )
         pieces: list[np.ndarray] = []
         num_samples = 0
-        for piece in _blocks(reader, start, duration, channel):
+        for piece in _blocks(reader, start, duration, recording.channel):
             pieces.append(piece)
             num_samples += len(piece)
             if num_samples > max_seconds * SAMPLE_RATE:
@@ -92,13 +113,14 @@ def load_audio(
     return np.concatenate(pieces)
 
 
-def audio_blocks(source: str | Path | bytes | BinaryIO) -> Iterator[np.ndarray]:
+def audio_blocks(source: Source | Recording) -> Iterator[np.ndarray]:
     """Blocks (n,) of the 16 kHz mono waveform that `load_audio` gives in one, of any length.
 
     Raises AudioError, possibly after the first blocks.
     """
-    with _open(source) as reader:
-        yield from _blocks(reader, 0.0, None, None)
+    recording = source if isinstance(source, Recording) else Recording(source)
+    with _open(recording) as reader:
+        yield from _blocks(reader, 0.0, None, recording.channel)
 
 
 def check_samples(samples: np.ndarray, name: str) -> None:
@@ -116,49 +138,64 @@ def check_samples(samples: np.ndarray, name: str) -> None:
         )
 
 
-def audio_info(source: str | Path | bytes | BinaryIO) -> AudioInfo:
-    """Duration, sample rate and channels from the header alone where it has them.
+def audio_info(source: Source | Recording, *, exact: bool = True) -> AudioInfo:
+    """Duration, sample rate and channels, from the header alone where it counts samples.
 
-    A file without a duration in its header (a browser's webm) is decoded and counted.
-    Raises AudioError.
+    Where it estimates them (mp3) or pads them (m4a), the file is decoded and counted, unless
+    `exact` is false and an estimate does. Raises AudioError.
     """
-    with _open(source) as reader:
-        num_frames = reader.num_frames
-        if num_frames is None:
-            num_frames = sum(len(block) for block in reader.blocks(0.0, None))
-        if num_frames == 0:
+    recording = source if isinstance(source, Recording) else Recording(source)
+    with _open(recording) as reader:
+        seconds = reader.estimated_seconds
+        if reader.num_frames is not None:
+            seconds = reader.num_frames / reader.sample_rate
+        elif exact or seconds is None:
+            seconds = sum(len(block) / rate for block, rate in reader.blocks(0.0, None))
+        if not seconds:
             raise _nothing(reader, 0.0)
         reader.check_complete()
-        return AudioInfo(num_frames / reader.sample_rate, reader.sample_rate, reader.channels)
+        return AudioInfo(seconds, reader.sample_rate, reader.channels)
 
 
 @contextmanager
-def _open(source: str | Path | bytes | BinaryIO) -> Iterator[Reader]:
+def _open(recording: Recording) -> Iterator[Reader]:
     """A checked reader of any source; closes what it opened and nothing else."""
     with ExitStack() as stack:
-        handle, name = _handle(source, stack)
-        reader = _reader(handle, name)
+        handle = _handle(recording.source, stack)
+        name = str(recording)
+        if handle.seek(0, io.SEEK_END) == 0:
+            raise AudioError(
+                "empty", f"{name}: the file is empty (0 bytes). Copy it again, or remove it."
+            )
+        reader = _reader(io.BufferedReader(Untagged(handle)), name, recording.track)
         stack.callback(reader.close)
         _check_header(reader)
+        channel = recording.channel
+        if channel is not None and not 0 <= channel < reader.channels:
+            raise AudioError(
+                "no_channels",
+                f"{name}: channel {channel} was asked for, but channels are 0 to "
+                f"{reader.channels - 1}. Name one of these.",
+            )
         yield reader
 
 
-def _handle(source: str | Path | bytes | BinaryIO, stack: ExitStack) -> tuple[BinaryIO, str]:
-    """A seekable binary file and the name that errors call it by."""
+def _name(source: Source) -> str:
+    """What errors call it by."""
     if isinstance(source, bytes):
-        handle: BinaryIO = io.BytesIO(source)
-        name = f"audio of {len(source)} bytes"
-    elif isinstance(source, (str, Path)):
-        name = str(source)
-        handle = stack.enter_context(_open_file(Path(source), name))
-    else:
-        name = str(getattr(source, "name", "audio file"))
-        handle = source if source.seekable() else io.BytesIO(source.read())
-    if handle.seek(0, io.SEEK_END) == 0:
-        raise AudioError(
-            "empty", f"{name}: the file is empty (0 bytes). Copy it again, or remove it."
-        )
-    return handle, name
+        return f"audio of {len(source)} bytes"
+    if isinstance(source, (str, Path)):
+        return str(source)
+    return str(getattr(source, "name", "audio file"))
+
+
+def _handle(source: Source, stack: ExitStack) -> BinaryIO:
+    """A seekable binary file."""
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    if isinstance(source, (str, Path)):
+        return stack.enter_context(_open_file(Path(source), str(source)))
+    return source if source.seekable() else io.BytesIO(source.read())
 
 
 def _open_file(path: Path, name: str) -> BinaryIO:
@@ -175,26 +212,25 @@ def _open_file(path: Path, name: str) -> BinaryIO:
     raise AudioError("not_a_file", f"{name}: not a file. Name an audio file inside it.")
 
 
-def _reader(handle: BinaryIO, name: str) -> Reader:
-    """soundfile where it knows the content, else PyAV where it is installed."""
-    try:
-        return SoundFileReader(handle, name)
-    except (soundfile.LibsndfileError, TypeError):  # TypeError: a `.raw` without header
-        pass
-    try:
-        import av
-    except ModuleNotFoundError as error:
-        raise AudioError(
-            "unreadable",
-            f"{name}: {_unknown(handle)} For m4a, webm and video install the extra that reads "
-            "them: pip install 'isthmus[media]'.",
-        ) from error
-    try:
-        return AvReader(handle, name)
-    except (av.FFmpegError, ValueError) as error:
-        if isinstance(error, AudioError):
+def _reader(handle: BinaryIO, name: str, track: int | None) -> Reader:
+    """soundfile for samples as they are, PyAV for all else, soundfile for what PyAV lacks."""
+    handle.seek(0)
+    linear = handle.read(4) in LINEAR
+    promised = promise(handle)
+    if promised.joined:
+        tell(f"{name}: another recording begins behind its end; it is not read. Cut it apart.")
+    readers: list[Callable[[], Reader]] = [lambda: AvReader(handle, name, promised, track)]
+    if not track:
+        readers.insert(0 if linear else 1, lambda: SoundFileReader(handle, name, promised))
+    failure: Exception | None = None
+    for reader in readers:
+        try:
+            return reader()
+        except AudioError:
             raise
-        raise AudioError("unreadable", f"{name}: {_unknown(handle)}") from error
+        except (av.FFmpegError, soundfile.LibsndfileError, TypeError, ValueError) as error:
+            failure = error  # TypeError: soundfile wants to be told the rate of a `.raw`
+    raise AudioError("unreadable", f"{name}: {_unknown(handle)}") from failure
 
 
 def _unknown(handle: BinaryIO) -> str:
@@ -213,13 +249,17 @@ def _check_range(start: float, duration: float | None) -> None:
         raise AudioError("bad_range", f"duration is {duration} s; give a positive number or None.")
 
 
-def _check_header(reader: Reader) -> None:
-    if not MIN_SOURCE_RATE <= reader.sample_rate <= MAX_SOURCE_RATE:
+def _check_rate(rate: int, name: str) -> None:
+    if not MIN_SOURCE_RATE <= rate <= MAX_SOURCE_RATE:
         raise AudioError(
             "bad_rate",
-            f"{reader.name}: the sample rate is {reader.sample_rate} Hz; {MIN_SOURCE_RATE} to "
-            f"{MAX_SOURCE_RATE} Hz are read. The header is likely damaged; convert the file again.",
+            f"{name}: the sample rate is {rate} Hz; {MIN_SOURCE_RATE} to {MAX_SOURCE_RATE} Hz are "
+            "read. The header is likely damaged; convert the file again.",
         )
+
+
+def _check_header(reader: Reader) -> None:
+    _check_rate(reader.sample_rate, reader.name)
     if reader.channels < 1:
         raise AudioError("no_channels", f"{reader.name}: the header claims 0 channels.")
     if reader.channels > MAX_CHANNELS:
@@ -238,27 +278,36 @@ def _planned_seconds(reader: Reader, start: float, duration: float | None) -> fl
     return left if duration is None else min(left, duration)
 
 
-def _to_mono(block: np.ndarray, channel: int | None, name: str) -> np.ndarray:
-    """(n,) float32 of an (n, channels) block; refuses samples that no microphone gave."""
-    if block.shape[1] == 0:
-        raise AudioError("no_channels", f"{name}: decoding gives 0 channels.")
-    check_samples(block, name)
-    if channel is not None:
-        return np.ascontiguousarray(block[:, channel])
-    mono: np.ndarray = block.mean(axis=1, dtype=np.float32)
-    return mono
+def _mono(blocks: Iterable[Block], channel: int | None, name: str) -> Iterator[Block]:
+    """Blocks (n,) of one channel, or of the mean of all where they do not cancel each other."""
+    loud = left = 0.0
+    for block, rate in blocks:
+        if block.shape[1] <= (channel or 0):
+            raise AudioError("no_channels", f"{name}: decoding gives {block.shape[1]} channels.")
+        check_samples(block, name)
+        if channel is not None:
+            yield np.ascontiguousarray(block[:, channel]), rate
+            continue
+        mono: np.ndarray = block.mean(axis=1, dtype=np.float32)
+        loud += float(np.square(block).mean()) * len(block)
+        left += float(np.square(mono).sum())
+        if left < OPPOSITE * loud:
+            tell(f"{name}: the channels are one sound of opposite sign; the first of them is read.")
+            mono = np.ascontiguousarray(block[:, 0])
+        yield mono, rate
 
 
 def _blocks(
     reader: Reader, start: float, duration: float | None, channel: int | None
 ) -> Iterator[np.ndarray]:
     """(n,) blocks of a part as 16 kHz mono, at least one sample; refuses what is not complete."""
-    blocks = reader.blocks(start, duration)
-    mono = (_to_mono(block, channel, reader.name) for block in blocks)
+    blocks = _mono(reader.blocks(start, duration), channel, reader.name)
     num_samples = 0
-    for piece in _resampled(mono, reader.sample_rate):
-        num_samples += len(piece)
-        yield piece
+    for rate, run in itertools.groupby(blocks, key=lambda block: block[1]):
+        _check_rate(rate, reader.name)
+        for piece in _resampled((block for block, _ in run), rate):
+            num_samples += len(piece)
+            yield piece
     if not num_samples:
         raise _nothing(reader, start)
     reader.check_complete()

@@ -1,33 +1,97 @@
-"""How much audio a file promises, read from its container, to notice a file that was cut short.
+"""What a container says of the length of its audio, held against the bytes that are there.
 
-libsndfile and FFmpeg decode what is left of a truncated file without a word, so the promise has to
-be read from the bytes: the size of the data chunk (WAV, RF64, W64, AIFF, AU, CAF, NIST) or the flag
-on the last page (Ogg).
+A header is a hint: writers that are killed or write to a pipe leave sizes that mean nothing, sizes
+beyond 4 GiB wrap round, and streams are joined one behind the other. So a promise counts only
+where the bytes bear it out; one that they fall short of says that the file was cut.
 """
 
 import io
 import re
 from collections.abc import Callable
-from typing import BinaryIO
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
-# Sizes that writers to a pipe leave behind because they cannot know the length yet.
-_UNKNOWN_SIZES = {0, 0x7FFFF000, 0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF}
+# Sizes near these stand for "not known", less a header or a rounding to whole blocks.
+_UNKNOWN_SIZES = (1 << 30, 1 << 31, 1 << 32, 1 << 63, 1 << 64)
+_UNKNOWN_WITHIN = 4096
+_ID3_SHIFTS = (21, 14, 7, 0)
 _MAX_CHUNKS = 1000  # a hostile file may hold millions of empty chunks
 _OGG_TAIL_BYTES = 1 << 17  # two of the largest pages (65,307 bytes) fit
+_ChunkHeader = Callable[[BinaryIO], tuple[bytes, int, int]]
 
 
-def missing_fraction(handle: BinaryIO) -> float:
-    """Share of the promised data that is not in the file: 0.0 (complete, or no promise) to 1.0."""
+@dataclass(frozen=True, slots=True)
+class Promise:
+    """What a container promises of its audio, against what is there.
+
+    `missing` is the share of it that is not in the file, from 0 (complete) to 1, None without one;
+    `beyond` is whether audio goes on behind the end that the header names; `joined` whether another
+    file begins there.
+    """
+
+    missing: float | None = None
+    beyond: bool = False
+    joined: bool = False
+
+
+class Untagged(io.RawIOBase):
+    """An open file without the ID3 tags that stand in front of its audio and behind it."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        self._handle = handle
+        self._end = handle.seek(0, io.SEEK_END)
+        if self._end > 128 and handle.seek(self._end - 128) and handle.read(3) == b"TAG":
+            self._end -= 128
+        self._begin = self._place = 0
+        handle.seek(0)
+        while (tag := handle.read(10))[:3] == b"ID3" and len(tag) == 10:
+            size = sum(
+                (byte & 0x7F) << shift for byte, shift in zip(tag[6:], _ID3_SHIFTS, strict=True)
+            )
+            self._begin = handle.seek(self._begin + 10 + size + (10 if tag[5] & 0x10 else 0))
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = (0, self._place, self._end - self._begin)[whence]
+        self._place = max(0, base + offset)
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        self._handle.seek(self._begin + self._place)
+        data = self._handle.read(max(0, min(len(buffer), self._end - self._begin - self._place)))
+        buffer[: len(data)] = data
+        self._place += len(data)
+        return len(data)
+
+
+def promise(handle: BinaryIO) -> Promise:
+    """The promise of an open file; nothing is promised by containers without sizes."""
     handle.seek(0)
     head = handle.read(40)
     size = handle.seek(0, io.SEEK_END)
     if head[:4] == b"OggS":
-        return 0.0 if _ogg_is_complete(handle, size) else 1.0
+        return Promise(missing=0.0 if _ogg_is_complete(handle, size) else 1.0)
     span = _data_span(handle, head)
-    if span is None or span[1] in _UNKNOWN_SIZES:
-        return 0.0
+    if span is None:
+        return Promise()
     begin, length = span
-    return max(0, begin + length - size) / length
+    end = begin + length
+    if any(abs(length - unknown) <= _UNKNOWN_WITHIN for unknown in _UNKNOWN_SIZES):
+        return Promise()
+    if end > size:
+        return Promise(missing=min(1.0, (end - size) / length))
+    if head[:4] != b"RIFF":
+        return Promise(0.0 if length else None, beyond=length == 0 and end < size)
+    handle.seek(end + length % 2)
+    joined = handle.read(4) == b"RIFF"
+    return Promise(
+        beyond=not joined and not _chunks_follow(handle, end + length % 2), joined=joined
+    )
 
 
 def _data_span(handle: BinaryIO, head: bytes) -> tuple[int, int] | None:
@@ -48,6 +112,8 @@ def _data_span(handle: BinaryIO, head: bytes) -> tuple[int, int] | None:
         return 0, int.from_bytes(head[16:24], "little")
     if head[:7] == b"NIST_1A":
         return _nist_span(handle)
+    if head[:1] == b"\xff":
+        return _mp3_span(handle)
     return None
 
 
@@ -64,10 +130,7 @@ def _core_audio_chunk(handle: BinaryIO) -> tuple[bytes, int, int]:
 
 
 def _find_chunk(
-    handle: BinaryIO,
-    name: bytes,
-    offset: int,
-    read_header: Callable[[BinaryIO], tuple[bytes, int, int]],
+    handle: BinaryIO, name: bytes, offset: int, read_header: _ChunkHeader
 ) -> tuple[int, int] | None:
     """Begin and size of chunk `name`, from `offset`; `read_header` gives name, size, step."""
     file_size = handle.seek(0, io.SEEK_END)
@@ -83,6 +146,20 @@ def _find_chunk(
     return None
 
 
+def _chunks_follow(handle: BinaryIO, offset: int) -> bool:
+    """Whether nothing but chunks of RIFF stands from `offset` to the end; a few bytes may."""
+    size = handle.seek(0, io.SEEK_END)
+    for _ in range(_MAX_CHUNKS):
+        if size - offset < 8:
+            return True
+        handle.seek(offset)
+        name, _, step = _little_endian_chunk(handle)
+        if not re.fullmatch(rb"[\x20-\x7e]{4}", name):
+            return False
+        offset = handle.tell() + step
+    return True
+
+
 def _nist_span(handle: BinaryIO) -> tuple[int, int] | None:
     handle.seek(0)
     header = handle.read(1024)
@@ -95,6 +172,17 @@ def _nist_span(handle: BinaryIO) -> tuple[int, int] | None:
     except KeyError:
         return None
     return 1024, count * width * int(fields.get(b"channel_count", b"1"))
+
+
+def _mp3_span(handle: BinaryIO) -> tuple[int, int] | None:
+    """The stream of an MP3 whose first frame counts its bytes (Xing, Info)."""
+    handle.seek(0)
+    head = handle.read(64)
+    found = re.search(rb"Xing|Info", head)
+    if not found or not head[found.end() + 3] & 2:
+        return None
+    place = found.end() + (8 if head[found.end() + 3] & 1 else 4)
+    return 0, int.from_bytes(head[place : place + 4], "big")
 
 
 def _ogg_is_complete(handle: BinaryIO, size: int) -> bool:

@@ -104,6 +104,16 @@ def _supervised(cut: MonoCut, supervision: SupervisionSegment) -> MonoCut:
     )
 
 
+def transcript(cut: Cut) -> str:
+    """The text of an utterance, "" where it has none."""
+    return (cut.supervisions[0].text or "") if cut.supervisions else ""
+
+
+def language(cut: Cut) -> str:
+    """The language of an utterance as its corpus writes it, "" where it does not."""
+    return (cut.supervisions[0].language or "") if cut.supervisions else ""
+
+
 def load_cut(cut: Cut) -> np.ndarray:
     """(S,) float32 mono 16 kHz waveform of a cut, read by `load_audio`.
 

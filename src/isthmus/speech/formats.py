@@ -17,7 +17,22 @@ AUDIO_SUFFIXES = frozenset(
     f".{name}"
     for name in (
         *("wav", "flac", "ogg", "opus", "mp3", "m4a", "mp4", "aac", "webm", "mkv"),
-        *("aif", "aiff", "au", "caf", "w64", "amr", "wma", "sph"),
+        *(
+            "aif",
+            "aiff",
+            "au",
+            "caf",
+            "w64",
+            "rf64",
+            "amr",
+            "wma",
+            "sph",
+            "ac3",
+            "eac3",
+            "tta",
+            "wv",
+        ),
+        *("3gp", "avi", "m4b", "mka", "mov", "mpga", "oga", "ts"),
     )
 )
 TABLES = ("metadata.csv", "metadata.tsv", "transcripts.tsv", "transcripts.csv")
@@ -114,6 +129,11 @@ def beside_or_here(audio: str, base: Path) -> str:
     return audio
 
 
+def audio_files(folder: Path) -> list[Path]:
+    """Recordings in a folder and below, by their names."""
+    return sorted(file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+
+
 def _folder(folder: Path) -> Iterator[Line]:
     """Audio with transcripts in a table, in `*.trans.txt` files, or beside each file."""
     for name in TABLES:
@@ -125,7 +145,7 @@ def _folder(folder: Path) -> Iterator[Line]:
         for path in transcripts:
             yield from transcript_lines(path)
         return
-    files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in AUDIO_SUFFIXES)
+    files = audio_files(folder)
     manifests = sorted(folder.glob("*.jsonl")) + sorted(folder.glob("*.jsonl.gz"))
     if manifests and not any(file.parent == folder for file in files):
         if len(manifests) > 1:

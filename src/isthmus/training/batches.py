@@ -14,12 +14,19 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.model.features import padded
-from isthmus.recipe_settings import JoinSettings, SpeechTrainSettings, TrainSettings
+from isthmus.runs.feature_cache import FeatureCache
+from isthmus.settings.datasets import JoinSettings
+from isthmus.settings.optimisation import SpeechTrainSettings, TrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import load_cut
-from isthmus.training.features import FeatureCache
-from isthmus.training.languages import draw, language
+from isthmus.speech.cuts import (
+    language,
+    transcript,
+)
+from isthmus.training.languages import (
+    draw,
+)
 
 MISSING = -1  # number of frames of an utterance that is not in the cache
 BUCKET_BATCHES = 50  # batches whose utterances are sorted together
@@ -295,10 +302,6 @@ class _Row:
     samples: np.ndarray  # (S,), none where its frames are cached
     key: str = ""
     frames: Tensor | None = None  # (T, D)
-
-
-def transcript(cut: Cut) -> str:
-    return (cut.supervisions[0].text or "") if cut.supervisions else ""
 
 
 def collate(ids: list[str], waveforms: Sequence[np.ndarray], texts: list[str]) -> Batch:

@@ -13,14 +13,16 @@ import torch
 from lhotse.cut import Cut
 from torch import Tensor
 
+from isthmus.build import encoder_of
 from isthmus.errors import IsthmusError
+from isthmus.model.device import choose_device
 from isthmus.model.encoder import Encoder
-from isthmus.model.parts import choose_device
+from isthmus.model.parts import sources
 from isthmus.model.units import Units, files_digest, nearest
 from isthmus.recipe import Recipe
 from isthmus.speech.corpora import load_cut
-from isthmus.training.data import load_cuts
 from isthmus.training.languages import chosen
+from isthmus.training.training_data import load_cuts
 
 FRAMES_PER_UNIT = 256  # that are sampled; more hardly moves the centroids
 FRAMES_PER_UTTERANCE = 50  # at least, so that few utterances have to be heard
@@ -45,7 +47,7 @@ def make_units(
     if not recipe.data.train:
         raise IsthmusError("data.train is empty. Name a manifest or folder to learn units from.")
     cuts = chosen(load_cuts(recipe.data.train, recipe.data), recipe.data.languages, "data.train")
-    encoder = recipe.build_encoder().to(choose_device()).eval()
+    encoder = encoder_of(recipe).to(choose_device()).eval()
     cuts = _not_too_long(cuts, encoder.max_seconds, recipe.data.max_bad_fraction)
     frames = sample_frames(encoder, cuts, clusters * FRAMES_PER_UNIT, recipe.seed, on_utterance)
     if len(frames) < clusters:
@@ -54,9 +56,9 @@ def make_units(
             "or lower --clusters."
         )
     centroids = kmeans(frames.to(choose_device()), clusters, recipe.seed).cpu()
-    sources = recipe.encoder.sources()
-    name = " + ".join(one.name for one in sources.values()) or recipe.encoder.type
-    Units(centroids, name, files_digest(sources)).save(file)
+    files = sources(recipe.encoder)
+    name = " + ".join(one.name for one in files.values()) or recipe.encoder.type
+    Units(centroids, name, files_digest(files)).save(file)
     return len(frames)
 
 

@@ -12,11 +12,7 @@ import numpy as np
 from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError, suggest
-
-
-def language(cut: Cut) -> str:
-    """The language of an utterance as its corpus writes it, "" where it does not."""
-    return (cut.supervisions[0].language or "") if cut.supervisions else ""
+from isthmus.speech.cuts import language
 
 
 def chosen(cuts: Sequence[Cut], languages: Collection[str] | None, where: str) -> list[Cut]:

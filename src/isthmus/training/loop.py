@@ -23,10 +23,10 @@ from torch import Tensor, nn
 
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import remove_folder, write_atomic
-from isthmus.recipe_settings import LoopSettings
-from isthmus.training import checkpoint
-from isthmus.training.checkpoint import Progress
-from isthmus.training.folder import BEST, CHECKPOINTS
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import Progress
+from isthmus.runs.folder import BEST, CHECKPOINTS
+from isthmus.settings.optimisation import LoopSettings
 from isthmus.training.hardware import peak_flops
 from isthmus.training.parallel import Ranks
 from isthmus.training.stream import Item, Loader, dev_orders, load_ahead, orders, take

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from isthmus.errors import IsthmusError, RetryLater
+from isthmus.model.device import choose_device
 from isthmus.model.layers import decoder_layers
 
 SILENCE_SECONDS = "ISTHMUS_RANK_TIMEOUT"  # how long a rank may be silent before the others leave
@@ -51,13 +52,13 @@ class Ranks:
 
     def __init__(self) -> None:
         self.rank, self.world = 0, int(os.environ.get("WORLD_SIZE", "1"))
-        gpus = torch.cuda.device_count()
-        self.device = torch.device("cuda" if gpus else "cpu")
+        self.device = choose_device()
+        gpus = torch.cuda.device_count() if self.device.type == "cuda" else 0
         _keep_few_kernels()
         if self.world == 1:
             return
         if gpus:
-            self.device = _own_gpu(gpus)
+            self.device = _own_gpu(self.device)
             torch.cuda.set_device(self.device)
         seconds = float(os.environ.get(SILENCE_SECONDS, DEFAULT_SILENCE))
         with _contact():
@@ -182,7 +183,14 @@ class Ranks:
             fully_shard(module, ignored_params=whole)
 
 
-def _own_gpu(count: int) -> torch.device:
+def _own_gpu(wanted: torch.device) -> torch.device:
+    """The GPU of this process among those of its machine. Raises IsthmusError."""
+    count = torch.cuda.device_count()
+    if wanted.index is not None:
+        raise IsthmusError(
+            f"--device {wanted} is for one process, and each of several has its own GPU. Choose "
+            "cuda, or auto."
+        )
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= count:
         raise IsthmusError(

@@ -8,7 +8,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -17,23 +17,30 @@ from typing import Any, Self
 
 import torch
 
+from isthmus.build import build_conformer, build_model
 from isthmus.errors import IsthmusError, RetryLater
 from isthmus.files import LOCK, FolderLock, read_json, write_atomic, write_folder
 from isthmus.model.cache import require_cache
+from isthmus.model.parts import Source, sources
 from isthmus.recipe import CTCRecipe, Experiment, Recipe, dump_recipe
-from isthmus.recipe_files import parse_yaml
-from isthmus.training import checkpoint
+from isthmus.recipe_files import parse_yaml, read_yaml
+from isthmus.runs import checkpoint
+from isthmus.runs.checkpoint import Progress
+from isthmus.runs.feature_cache import (
+    Verification,
+    feature_cache,
+)
+from isthmus.runs.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RECIPE
+from isthmus.runs.loading import as_recorded, begin_from, compare_sources
 from isthmus.training.batches import SpeechData
-from isthmus.training.checkpoint import Progress
 from isthmus.training.ctc import CTCTask
-from isthmus.training.data import feature_cache, speech_data
-from isthmus.training.features import Verification
-from isthmus.training.folder import BEST, CHECKPOINTS, ENVIRONMENT, MODEL, PARTS, RECIPE
+from isthmus.training.learnt_units import UNITS, keep_units, run_units
 from isthmus.training.loop import METRICS, OnStep, fit
 from isthmus.training.parallel import Ranks
-from isthmus.training.projector import SpeechTask, arithmetic, place, prepare
-from isthmus.training.run_loading import as_recorded, begin_from, compare_sources
-from isthmus.training.spelling import UNITS, keep_units, run_units
+from isthmus.training.speech_task import SpeechTask, arithmetic, place, prepare
+from isthmus.training.training_data import (
+    speech_data,
+)
 
 DATA = "data.json"
 CHANGES = "changes.jsonl"
@@ -91,17 +98,21 @@ class RunFolder:
         if self._lock is not None:
             self._lock.__exit__(None, None, None)
 
-    def begin(self, data: Mapping[str, str] | None = None) -> None:
+    def begin(
+        self, data: Mapping[str, str] | None = None, begun_from: Sequence[Source] = ()
+    ) -> None:
         """Write what explains the run; `data` are checksums of what is trained on.
 
-        A run that is not resumed is removed first.
+        `begun_from` are the runs that it begins with now. A run that is not resumed is removed
+        first.
         """
         if len(set(self.ranks.gather([json.dumps(data, sort_keys=True)]))) > 1:
             raise IsthmusError(
                 "The processes do not find the same data: ids, durations or texts differ, or some "
                 "cannot read a recording that others can. Give all machines the same files."
             )
-        self.ranks.lead(lambda: self._begin(data))
+        runs = {f"start_from.{place}": one.to_dict() for place, one in enumerate(begun_from)}
+        self.ranks.lead(lambda: self._begin(data, runs))
 
     def _enter(self) -> None:
         if self.folder.exists():  # nothing is made before models and data are there
@@ -158,7 +169,7 @@ class RunFolder:
     def _allowed(self, key: str) -> bool:
         return any(key == one or key.startswith(f"{one}.") for one in self.opening.allow_change)
 
-    def _begin(self, data: Mapping[str, str] | None) -> None:
+    def _begin(self, data: Mapping[str, str] | None, runs: Mapping[str, Any]) -> None:
         if self._lock is None:
             self._lock = FolderLock(self.folder).__enter__()
             self._check()
@@ -168,6 +179,8 @@ class RunFolder:
             before = read_json(self.folder / DATA) if data is not None else {}
             if data is not None and before != data:
                 self._refuse({"data": (before, data)})
+            then = read_json(self.folder / PARTS)
+            self._refuse({n: (then[n], runs[n]) for n in runs.keys() & then if then[n] != runs[n]})
             self._note_changes()
         else:
             found = [path for path in self.folder.iterdir() if _is_written(path.name)]
@@ -178,8 +191,8 @@ class RunFolder:
                     shutil.rmtree(path)
                 else:
                     path.unlink()
-            sources = {name: part.to_dict() for name, part in self.recipe.sources().items()}
-            _write_json(self.folder / PARTS, sources)
+            then = {name: part.to_dict() for name, part in sources(self.recipe).items()}
+        _write_json(self.folder / PARTS, then | runs)
         if data is not None:
             _write_json(self.folder / DATA, data)
         _write_json(self.folder / ENVIRONMENT, _environment())
@@ -221,8 +234,7 @@ def _environment() -> dict[str, Any]:
 
 def _recipe_changes(folder: Path, recipe: Experiment) -> dict[str, tuple[Any, Any]]:
     """The keys in which a recipe differs from that of the run."""
-    stored = parse_yaml((folder / RECIPE).read_text(encoding="utf-8"))
-    before, now = _flat(stored), _flat(parse_yaml(dump_recipe(recipe)))
+    before, now = _flat(read_yaml(folder / RECIPE)), _flat(parse_yaml(dump_recipe(recipe)))
     keys = [*now, *(key for key in before if key not in now)]
     return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
 
@@ -261,16 +273,22 @@ def train(
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         pinned = as_recorded(recipe, folder) if run.resumed else recipe
-        model = pinned.build()
+        model = build_model(pinned)
         going_on = run.resumed and checkpoint.checkpoints(folder / CHECKPOINTS)
-        for other in () if going_on else recipe.start_from:
-            begin_from(model, recipe, other)
+        others = () if going_on else recipe.start_from
+        begun_from = [begin_from(model, recipe, other) for other in others]
+        if recipe.train.llm_weight == 0 and recipe.llm.tune != "frozen" and not recipe.start_from:
+            log.warning(
+                "llm.tune is %s, but train.llm_weight is 0: the LLM never runs, and nothing of it "
+                "is trained. Set llm.tune to frozen, or train.llm_weight above 0.",
+                recipe.llm.tune,
+            )
         place(model, recipe.train, ranks)
         require_cache(model.llm.network, recipe.llm.path)
         for line in [*model.summary(), *arithmetic(model, recipe, ranks)]:
             log.info(line)
         train_data, dev = speech_data(recipe, model)
-        run.begin(_digests(train_data, dev))
+        run.begin(_digests(train_data, dev), begun_from)
         task = SpeechTask(model, train_data, dev, recipe)
         cache = feature_cache(recipe, model)
         task.use_cache(cache)
@@ -292,7 +310,7 @@ def cache_features(
             "data.feature_cache is none. Choose a precision: add data.feature_cache=bfloat16."
         )
     with Ranks() as ranks:
-        model = recipe.build()
+        model = build_model(recipe)
         model.encoder.to(ranks.device)  # nothing else has work
         cache = feature_cache(recipe, model, strict=True)
         if cache is None:
@@ -316,7 +334,7 @@ def pretrain_ctc(
     with Ranks() as ranks, RunFolder(recipe, folder, opening, ranks) as run:
         torch.manual_seed(recipe.seed)
         units = run_units(recipe, folder, ranks, resumed=run.resumed)
-        model = recipe.build(units).to(ranks.device)
+        model = build_conformer(recipe, units).to(ranks.device)
         train_data, dev = speech_data(recipe, model)
         run.begin(_digests(train_data, dev))
         keep_units(units, folder, ranks)

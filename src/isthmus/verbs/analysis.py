@@ -7,13 +7,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from isthmus.errors import IsthmusError
-from isthmus.verbs.common import AllowChange, Json, Overrides, RecipeName, print_json
+from isthmus.options import WholeSummaries
+from isthmus.verbs.common import AllowChange, Json, Overrides, RecipeName, RunName, print_json
 
 if TYPE_CHECKING:
     from isthmus.lab.sweep_table import Table
 
 app = typer.Typer()
-analyse = typer.Typer(help="What training did, and how the result works.", no_args_is_help=True)
+analyse = typer.Typer(
+    cls=WholeSummaries,
+    help="What training did, and how the result works.",
+    no_args_is_help=True,
+)
 app.add_typer(analyse, name="analyse")
 
 
@@ -50,7 +55,7 @@ def emergence(
 
 @analyse.command()
 def alignment(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or base, tiny.")],
+    run: RunName,
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
     ],
@@ -102,20 +107,15 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Sizes, memory and hours of a training, before anything is downloaded."""
-    from isthmus.recipe_files import read_recipe
+    from isthmus.recipe import load_any_recipe
     from isthmus.training.hardware import named_peak
 
-    read_recipe(recipe, overrides or [])  # a typing error need not wait for torch
+    chosen = load_any_recipe(recipe, overrides or [])  # whose faults need not wait for torch
     named_peak(gpu)
     from isthmus.lab.plan import Hardware, make_plan
-    from isthmus.recipe import load_any_recipe
 
-    found = make_plan(
-        load_any_recipe(recipe, overrides or []),
-        Hardware(gpu, gpus, mfu),
-        hours=hours,
-        mean_seconds=mean_seconds,
-    )
+    hardware = Hardware(gpu, gpus, mfu)
+    found = make_plan(chosen, hardware, hours=hours, mean_seconds=mean_seconds)
     if as_json:
         print_json(found.to_dict())
     else:
@@ -138,7 +138,7 @@ def presets(as_json: Json = False) -> None:
 
 @analyse.command("text-ability")
 def text_ability(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Run folder, or base, tiny.")],
+    run: RunName,
     text: Annotated[
         str, typer.Argument(metavar="TEXT", help="A file of a text a line, or corpus.")
     ],
@@ -297,7 +297,7 @@ def export_run(
 ) -> None:
     """Write a run so that it can be read on any machine, what it trained in bfloat16."""
     from isthmus.decoding.transcriber import run_folder
-    from isthmus.training.export import export_run as job
+    from isthmus.runs.export import export_run as job
 
     num_bytes = job(run_folder(run), folder)
     if as_json:
@@ -314,7 +314,7 @@ def export_adapter(
 ) -> None:
     """Write the LoRA adapters of a run's LLM so that peft opens them."""
     from isthmus.decoding.transcriber import run_folder
-    from isthmus.training.export import export_adapter as job
+    from isthmus.runs.export import export_adapter as job
 
     base = job(run_folder(run), folder)
     if as_json:

@@ -2,13 +2,38 @@
 
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from isthmus.options import completing
+
+
+def _recipes() -> Iterable[str]:
+    from isthmus.recipe_files import shipped_recipes
+
+    return shipped_recipes()
+
+
+def _systems() -> Iterable[str]:
+    from isthmus.runs.folder import SHIPPED_RUNS
+
+    return SHIPPED_RUNS
+
+
+recipe_names, systems = completing(_recipes), completing(_systems)
+
 RecipeName = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="File, or name of a shipped recipe.")
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="File, or name of a shipped recipe.", autocompletion=recipe_names
+    ),
+]
+RunName = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Run folder, or base, tiny.", autocompletion=systems),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -46,12 +71,18 @@ Normaliser = Annotated[
 ]
 Model = Annotated[
     str,
-    typer.Option("--model", "-m", help="Run, or base, tiny, or a model such as Whisper."),
+    typer.Option(
+        "--model",
+        "-m",
+        help="Run, or base, tiny, or a model such as Whisper.",
+        autocompletion=systems,
+    ),
 ]
 Language = Annotated[
     str | None,
     typer.Option("--language", help="Of Whisper: what is spoken, such as de."),
 ]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:0 and so on, or mps.")]
 
 
 def print_json(value: Any) -> None:

@@ -1,7 +1,8 @@
 """Verbs that transcribe and score."""
 
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -9,13 +10,24 @@ import typer
 
 from isthmus.errors import IsthmusError
 from isthmus.options import limit, switch, takes
-from isthmus.verbs.common import BatchSize, Beam, Json, Language, Model, Normaliser, print_json
+from isthmus.verbs.common import (
+    BatchSize,
+    Beam,
+    Device,
+    Json,
+    Language,
+    Model,
+    Normaliser,
+    print_json,
+    systems,
+)
 
 app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.decoding.formats import Layout
     from isthmus.decoding.transcript import Transcript
+    from isthmus.speech.audio import Recording
 
 
 Instruction = Annotated[
@@ -28,7 +40,12 @@ CTCWeight = Annotated[
 ]
 Ears = Annotated[
     str | None,
-    typer.Option("--ears", metavar="RUN", help="Hear with encoder and projector of this run."),
+    typer.Option(
+        "--ears",
+        metavar="RUN",
+        help="Hear with encoder and projector of this run.",
+        autocompletion=systems,
+    ),
 ]
 
 
@@ -38,7 +55,7 @@ class TranscribeOptions:
 
     audio: Annotated[
         list[str],
-        typer.Argument(help="Recordings of any length and format; - for standard input."),
+        typer.Argument(help="Recordings, or with -f folders of them; - for standard input."),
     ]
     model: Model = "default"
     output_dir: Annotated[
@@ -48,6 +65,12 @@ class TranscribeOptions:
     output_format: Annotated[
         str | None,
         typer.Option("--output-format", "-f", help="txt, srt, vtt, tsv, json or all."),
+    ] = None
+    channel: Annotated[
+        int | None, typer.Option("--channel", min=0, help="Hear this channel, not the mean of all.")
+    ] = None
+    track: Annotated[
+        int | None, typer.Option("--track", min=0, help="Hear this of a video's audio tracks.")
     ] = None
     word_timestamps: Annotated[bool, switch("word-timestamps", "When each word was said.")] = False
     align_model: Annotated[
@@ -89,12 +112,22 @@ class TranscribeOptions:
     ] = None
     instruction: Instruction = None
     language: Language = None
+    device: Device = "auto"
     as_json: Json = False
 
     @property
     def files(self) -> list[str]:
         """What outputs are named after."""
         return ["stdin" if name == "-" else name for name in self.audio]
+
+    def recordings(self) -> "list[Recording]":
+        """What is heard of each; standard input is read to its end."""
+        from isthmus.speech.audio import Recording
+
+        return [
+            Recording(sys.stdin.buffer.read() if name == "-" else name, self.channel, self.track)
+            for name in self.audio
+        ]
 
     @property
     def layout(self) -> "Layout":
@@ -103,6 +136,11 @@ class TranscribeOptions:
         return Layout(
             self.highlight_words, self.max_line_width, self.max_line_count, self.max_words_per_line
         )
+
+    @property
+    def system(self) -> dict[str, Any]:
+        """What there is to a system but its settings."""
+        return {"align_model": self.align_model, "ears": self.ears, "device": self.device}
 
     @property
     def decode(self) -> dict[str, Any]:
@@ -127,11 +165,21 @@ class TranscribeOptions:
 @takes(TranscribeOptions)
 def transcribe(options: TranscribeOptions) -> None:
     """Write what is said in recordings; of corpora (manifests, folders), into --output-dir."""
-    from isthmus.decoding.formats import PLAIN, check_outputs
+    from isthmus.decoding.formats import PLAIN, check_outputs, outputs
     from isthmus.decoding.inputs import are_corpora
-    from isthmus.training.folder import DEFAULT, local_system
+    from isthmus.model.device import check_device
+    from isthmus.runs.folder import DEFAULT, local_system
 
-    words = options.word_timestamps or options.layout != PLAIN
+    check_device(options.device)
+    laid_out = options.layout != PLAIN
+    words = options.word_timestamps or laid_out
+    output_format, folders = options.output_format or "all", []
+    if options.output_format or laid_out:  # into files, as whisper does
+        pairs = outputs(options.audio, output_format, options.output_dir)
+        options = replace(options, audio=[name for name, _ in pairs])
+        folders = [folder for _, folder in pairs]
+    elif options.output_dir is not None:
+        folders = [options.output_dir] * len(options.audio)
     if options.model != DEFAULT:  # which may have to be downloaded: only for good recordings
         local_system(options.model)
     if corpora := are_corpora(options.audio):
@@ -140,20 +188,15 @@ def transcribe(options: TranscribeOptions) -> None:
     if corpora:
         _transcribe_corpora(options)
         return
-    folder = options.output_dir
-    if folder is None and (options.output_format or options.layout != PLAIN):
-        folder = Path()  # as whisper does
-    output_format = options.output_format or "all"
-    files = options.files if folder is not None else []
-    check_outputs(files, output_format, folder)
+    check_outputs(zip(options.files, folders, strict=bool(folders)), output_format)
     if options.align_model and not words:
         _no_effect("--align-model", "without --word-timestamps")
-    listed = options.as_json or (folder is not None and output_format in ("json", "all"))
+    listed = options.as_json or (folders and output_format in ("json", "all"))
     if options.nbest and not listed:
         _no_effect("--nbest", "without --json, which lists them")
     if options.ray:
         _no_effect("--ray", "on recordings, only on corpora")
-    _transcribe_recordings(options, words, folder)
+    _transcribe_recordings(options, words, folders)
 
 
 def _no_effect(flag: str, where: str) -> None:
@@ -188,7 +231,7 @@ def _check_corpora(options: TranscribeOptions) -> None:
 
 def _check_nbest(options: TranscribeOptions) -> None:
     """Raise IsthmusError where more hypotheses are asked for than are kept."""
-    from isthmus.training.folder import RECIPE, local_system
+    from isthmus.runs.folder import RECIPE, local_system
 
     if not options.nbest:
         return
@@ -196,10 +239,10 @@ def _check_nbest(options: TranscribeOptions) -> None:
     run = local_system(options.model) if beam is None else None
     recipe = run / RECIPE if run is not None else None
     if recipe is not None and recipe.is_file():
-        from isthmus.recipe_files import parse_yaml
+        from isthmus.recipe_files import read_yaml
 
-        stored = parse_yaml(recipe.read_text(encoding="utf-8"))
-        beam = (stored.get("decode") or {}).get("beam_size")  # runs have every default in theirs
+        stored = read_yaml(recipe).get("decode") or {}
+        beam = stored.get("beam_size")  # runs have every default in theirs
     if beam is not None and options.nbest > beam:
         raise IsthmusError(
             f"--nbest {options.nbest} is more than --beam-size {beam}, the hypotheses that are "
@@ -207,13 +250,15 @@ def _check_nbest(options: TranscribeOptions) -> None:
         )
 
 
-def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path | None) -> None:
+def _transcribe_recordings(
+    options: TranscribeOptions, words: bool, folders: Sequence[Path]
+) -> None:
     from isthmus.decoding.formats import transcript_dict, write_transcript
     from isthmus.decoding.inputs import audio_faults
     from isthmus.display import counting, loading
 
     names = options.audio
-    audio = [sys.stdin.buffer.read() if name == "-" else name for name in names]
+    audio = options.recordings()
     found: dict[int, Any] = {**audio_faults(audio)}
     for fault in found.values():
         typer.echo(f"error: {fault}", err=True)
@@ -226,28 +271,17 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         defer_compiler_imports()
         from isthmus.decoding.systems import load_system
 
-        transcriber = load_system(
-            options.model, align_model=options.align_model, ears=options.ears, **options.decode
-        )
+        transcriber = load_system(options.model, **options.system, **options.decode)
     with counting("recordings") as on_recording:
         for result in transcriber.results([audio[i] for i in good], word_timestamps=words):
-            index = good[result.index]
-            name, heard = names[index], result.found
+            index, heard = good[result.index], result.found
             found[index] = heard
-            if isinstance(heard, IsthmusError):
-                typer.echo(f"error: {heard}", err=True)
-            else:
-                if heard.finish_reason not in ("stop", "no_speech"):
-                    cut = f"the end of a text is missing or made up ({heard.finish_reason})"
-                    typer.echo(f"warning: {name}: {cut}.", err=True)
-                if heard.doubtful:
-                    typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
-                if folder is not None:
-                    form = options.output_format or "all"
-                    file = options.files[index]
-                    for path in write_transcript(heard, file, folder, form, options.layout):
-                        if not options.as_json:
-                            typer.echo(path, err=True)
+            _tell(names[index], heard)
+            if folders and not isinstance(heard, IsthmusError):
+                form, file = options.output_format or "all", options.files[index]
+                for path in write_transcript(heard, file, folders[index], form, options.layout):
+                    if not options.as_json:
+                        typer.echo(path, err=True)
             on_recording(len(found), len(names))
     failed = {index for index, heard in found.items() if isinstance(heard, IsthmusError)}
     if options.as_json:
@@ -259,13 +293,27 @@ def _transcribe_recordings(options: TranscribeOptions, words: bool, folder: Path
         ]
         settings = transcriber.settings.model_dump(mode="json")
         print_json({"files": report, "decode": settings})
-    elif folder is None:
+    elif not folders:
         for index, name in enumerate(names):
             if index not in failed:
                 text = found[index].text
                 typer.echo(f"{name}: {text}" if len(names) > 1 else text)
     if failed:
         raise typer.Exit(1)
+
+
+def _tell(name: str, heard: "Transcript | IsthmusError") -> None:
+    """Say on standard error what is wrong with a transcript, a line for each fault."""
+    if isinstance(heard, IsthmusError):
+        typer.echo(f"error: {heard}", err=True)
+        return
+    if heard.finish_reason == "no_speech":
+        typer.echo(f"{name}: no speech was found in it.", err=True)
+    elif heard.finish_reason != "stop":
+        cut = f"the end of a text is missing or made up ({heard.finish_reason})"
+        typer.echo(f"warning: {name}: {cut}.", err=True)
+    if heard.doubtful:
+        typer.echo(f"warning: {name}: {_doubt(heard)}.", err=True)
 
 
 def _doubt(heard: "Transcript") -> str:
@@ -286,9 +334,8 @@ def _transcribe_corpora(options: TranscribeOptions) -> None:
 
     chosen = system(
         options.model,
-        align_model=options.align_model,
-        ears=options.ears,
         settings=options.decode,
+        **options.system,
     )
     local = options.ray == "local"
     cluster = Cluster(None if local else options.ray) if options.ray else None
@@ -317,7 +364,11 @@ class EvaluateOptions:
 
     run: Annotated[
         str,
-        typer.Argument(metavar="RUN", help="Run, or base, tiny, or a model such as Whisper."),
+        typer.Argument(
+            metavar="RUN",
+            help="Run, or base, tiny, or a model such as Whisper.",
+            autocompletion=systems,
+        ),
     ]
     data: Annotated[
         list[str], typer.Argument(metavar="DATA…", help="Manifests or folders with transcripts.")
@@ -328,6 +379,7 @@ class EvaluateOptions:
     ears: Ears = None
     instruction: Instruction = None
     language: Language = None
+    device: Device = "auto"
     normaliser: Normaliser = "basic"
     output_dir: Annotated[
         Path | None,
@@ -343,10 +395,12 @@ def evaluate(options: EvaluateOptions) -> None:
     """Transcribe corpora with a run or a pretrained model, and score the result."""
     from isthmus.decoding.formats import check_folder
     from isthmus.display import counting, loading, print_scores
+    from isthmus.model.device import check_device
+    from isthmus.runs.folder import local_system
     from isthmus.scoring import normaliser as find_normaliser
     from isthmus.speech.utterances import find_corpus
-    from isthmus.training.folder import local_system
 
+    check_device(options.device)
     local_system(options.run)
     find_normaliser(options.normaliser)
     for corpus in options.data:
@@ -358,7 +412,7 @@ def evaluate(options: EvaluateOptions) -> None:
         from isthmus.decoding.evaluate import evaluate as job
         from isthmus.decoding.systems import load_system, system_folder, system_settings
 
-        own = system_settings(system_folder(options.run), {})
+        own = system_settings(system_folder(options.run), {}, options.ears)
         recogniser = load_system(
             options.run,
             ears=options.ears,
@@ -367,6 +421,7 @@ def evaluate(options: EvaluateOptions) -> None:
             ctc_weight=options.ctc_weight,
             instruction=options.instruction,
             language=options.language,
+            device=options.device,
             cached=True,
         )
     if options.ctc:
@@ -381,7 +436,7 @@ def evaluate(options: EvaluateOptions) -> None:
         )
     report = result.to_dict()
     if options.ctc:
-        report["ctc"] = ctc_scores(recogniser, result).to_dict()
+        report["ctc"] = ctc_scores(result).to_dict()
     if options.as_json:
         print_json(report)
     else:
@@ -427,3 +482,26 @@ def score(
     else:
         for line in result.listing(limit=None if listing else 0):
             typer.echo(line)
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Hypotheses, or what evaluate -o wrote.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Those of the other system.")],
+    reference: Annotated[
+        Path | None, typer.Option("--reference", metavar="REF", help="Of files of hypotheses.")
+    ] = None,
+    normaliser: Normaliser = "basic",
+    as_json: Json = False,
+) -> None:
+    """Is one system better than another, or is it luck? A paired test on the same utterances."""
+    from isthmus.display import print_comparison
+    from isthmus.scoring import compare as job
+
+    found = job(a, b, reference, normaliser=normaliser)
+    if found.left_out:
+        typer.echo(f"warning: {found.left_out}.", err=True)
+    if as_json:
+        print_json({"a": str(a), "b": str(b)} | found.to_dict())
+    else:
+        print_comparison(found.to_dict())

@@ -1,18 +1,22 @@
 """Verbs that train, and those for their recipes."""
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import import_module
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from isthmus.errors import IsthmusError, suggest
+from isthmus.options import takes
 from isthmus.verbs.common import (
     AllowChange,
     Curves,
+    Device,
     Json,
     Overrides,
     Overwrite,
@@ -20,12 +24,14 @@ from isthmus.verbs.common import (
     Resume,
     RunFolder,
     print_json,
+    recipe_names,
 )
 
 app = typer.Typer()
 
 if TYPE_CHECKING:
     from isthmus.display import Metrics
+    from isthmus.recipe import Experiment
 
 
 @app.command()
@@ -63,37 +69,47 @@ def quickstart(
         print_json(result)
 
 
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What the verbs that train take."""
+
+    recipe: RecipeName
+    overrides: Overrides = None
+    output_dir: RunFolder = None
+    resume: Resume = False
+    overwrite: Overwrite = False
+    allow_change: AllowChange = None
+    tensorboard: Curves = False
+    device: Device = "auto"
+    as_json: Json = False
+
+
 def _training_verb(verb: str, purpose: str, kind: str, job: str) -> None:
     """The verbs that train differ in the kind of recipe (in isthmus.recipe) and in the job that
     takes it (module:function)."""
 
     @app.command(verb, help=purpose)
-    def run(
-        recipe: RecipeName,
-        overrides: Overrides = None,
-        output_dir: RunFolder = None,
-        resume: Resume = False,
-        overwrite: Overwrite = False,
-        allow_change: AllowChange = None,
-        tensorboard: Curves = False,
-        as_json: Json = False,
-    ) -> None:
+    @takes(TrainingOptions)
+    def run(given: TrainingOptions) -> None:
         from isthmus.display import loading, training_observer
+        from isthmus.model.device import check_device, on_device
 
-        if resume and overwrite:
+        overrides = given.overrides or []
+        if given.resume and given.overwrite:
             raise IsthmusError("--resume and --overwrite exclude each other. Give one of them.")
-        check_files(recipe, overrides or [])
+        check_device(given.device)
+        from isthmus import recipe as recipes
+
+        chosen = recipes.load_recipe(given.recipe, overrides, kind=getattr(recipes, kind))
+        require_corpora(chosen, given.recipe)
         steps: list[int] = []
         with _told_when_interrupted(steps):
             with loading("torch"):
-                from isthmus import recipe as recipes
-
-                chosen = recipes.load_recipe(recipe, overrides or [], kind=getattr(recipes, kind))
                 from isthmus.training import runs
-            folder = output_dir or Path("runs") / chosen.name
-            opening = runs.Opening(resume, overwrite, allow_change or ())
-            curves = folder / "tensorboard" if tensorboard else None
-            with training_observer(chosen.train.steps, curves) as observe:
+            folder = given.output_dir or Path("runs") / chosen.name
+            opening = runs.Opening(given.resume, given.overwrite, given.allow_change or ())
+            curves = folder / "tensorboard" if given.tensorboard else None
+            with on_device(given.device), training_observer(chosen.train.steps, curves) as observe:
 
                 def on_step(metrics: "Metrics") -> None:
                     steps.append(metrics["step"])
@@ -107,7 +123,7 @@ def _training_verb(verb: str, purpose: str, kind: str, job: str) -> None:
 
         if not leading():
             return
-        if as_json:
+        if given.as_json:
             figures = {"step": end.step, "best_step": end.best_step, "best_loss": end.best_loss}
             print_json({"run": str(folder)} | figures)
         else:
@@ -125,30 +141,22 @@ def _told_when_interrupted(steps: Sequence[int]) -> Iterator[None]:
         raise
 
 
-def check_files(recipe: str, overrides: Sequence[str]) -> None:
-    """Raise IsthmusError, before torch is loaded, for a recipe or data that is not there."""
-    from isthmus.recipe_files import made_by, read_recipe
+def require_corpora(chosen: "Experiment", recipe: str) -> None:
+    """Raise IsthmusError, before torch is loaded, for data of a recipe that is not there."""
+    from isthmus.recipe_files import find_recipe, made_by
+    from isthmus.settings.datasets import DataSettings
     from isthmus.speech.utterances import find_corpus
 
-    file, values = read_recipe(recipe, overrides)
+    file, data = find_recipe(recipe), getattr(chosen, "data", DataSettings())
     faults: dict[str, str] = {}  # one of each root: what it lacks, it lacks for all below
-    for role, path in _corpora(values.get("data")):
+    for role, corpus in [("train", one) for one in data.train] + [("dev", one) for one in data.dev]:
+        path = corpus if isinstance(corpus, str) else corpus.path
         try:
             find_corpus(path)
         except IsthmusError as error:
             faults.setdefault(Path(path).parts[0], f"data.{role}: {error}{made_by(file, path)}")
     if faults:
         raise IsthmusError("\n  ".join([f"{file} names data that is not there:", *faults.values()]))
-
-
-def _corpora(data: Any) -> Iterator[tuple[str, str]]:
-    """Of settings that are not validated yet: train or dev, and the corpus."""
-    for role in ("train", "dev"):
-        named = data.get(role) if isinstance(data, dict) else None
-        for entry in named if isinstance(named, list) else ():
-            path = entry.get("path") if isinstance(entry, dict) else entry
-            if isinstance(path, str) and path:
-                yield role, path
 
 
 _training_verb(
@@ -184,12 +192,11 @@ def cache(
     from rich.filesize import decimal
 
     from isthmus.display import counting, loading
+    from isthmus.recipe import load_recipe
 
-    check_files(recipe, overrides or [])
+    chosen = load_recipe(recipe, overrides or [])
+    require_corpora(chosen, recipe)
     with loading("torch"):
-        from isthmus.recipe import load_recipe
-
-        chosen = load_recipe(recipe, overrides or [])
         from isthmus.training.runs import cache_features
 
     with counting("utterances") as on_utterance:
@@ -235,7 +242,7 @@ def recipes(as_json: Json = False) -> None:
     """List the shipped recipes."""
     from isthmus.recipe_files import shipped_recipes
 
-    shipped = {name: _headline(path) for name, path in shipped_recipes().items()}
+    shipped = {name: _description(path) for name, path in shipped_recipes().items()}
     if as_json:
         print_json(shipped)
     else:
@@ -245,7 +252,7 @@ def recipes(as_json: Json = False) -> None:
 
 @app.command()
 def cp(
-    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    name: Annotated[str, typer.Argument(help="A shipped recipe.", autocompletion=recipe_names)],
     file: Annotated[Path, typer.Argument(help="Where to write it.")],
 ) -> None:
     """Copy a shipped recipe, to change it."""
@@ -273,7 +280,8 @@ def schema(
     print_json(kinds[kind].model_json_schema())
 
 
-def _headline(path: Path) -> str:
-    """The first comment line of a recipe."""
-    first = path.read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip()
+def _description(path: Path) -> str:
+    """The comment that a recipe begins with, up to the first line that says what it is of."""
+    first, *lines = path.read_text(encoding="utf-8").splitlines()
+    more = takewhile(re.compile(r"#(?! [A-Z]\w+: )").match, lines)
+    return " ".join(line.removeprefix("#").strip() for line in (first, *more))

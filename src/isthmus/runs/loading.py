@@ -5,13 +5,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from isthmus.build import build_model
 from isthmus.errors import IsthmusError
 from isthmus.files import read_json, recover_folder
-from isthmus.model.parts import choose_device
+from isthmus.model.device import choose_device
+from isthmus.model.parts import Source, sources
 from isthmus.model.speech_llm import SpeechLLM
+from isthmus.model.weights import sha256
 from isthmus.recipe import Experiment, Recipe, load_recipe
-from isthmus.training import checkpoint
-from isthmus.training.folder import (
+from isthmus.runs import checkpoint
+from isthmus.runs.folder import (
     BEST,
     CHECKPOINTS,
     PARTS,
@@ -36,12 +39,12 @@ def load_run(folder: Path, ears: Path | None = None) -> tuple[SpeechLLM, Recipe]
     """
     recipe, weights = _trained(folder)
     if ears is None:
-        model = recipe.build()
+        model = build_model(recipe)
         checkpoint.load_weights(weights, model.trained_state())
         return model.to(choose_device()).eval(), recipe
     heard, of_ears = _trained(ears)
     recipe = _with_ears(recipe, heard, ears)
-    model = recipe.build()
+    model = build_model(recipe)
     state = model.trained_state()
     for stored, own in ((weights, True), (of_ears, False)):
         taken = {name: v for name, v in state.items() if name.startswith("llm.") == own}
@@ -79,8 +82,14 @@ def trained_weights(folder: Path) -> Path:
     return newest
 
 
-def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> None:
-    """Give a model the trained weights of another run, as far as both have them.
+def run_source(name: str, folder: Path) -> Source:
+    """What another run is recorded by: its name, and the SHA-256 of its trained weights."""
+    weights = trained_weights(folder) / checkpoint.WEIGHTS
+    return Source(name, None, {weights.name: sha256(weights)})
+
+
+def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> Source:
+    """Give a model the trained weights of another run, as far as both have them; which they are.
 
     What is new is logged. Raises IsthmusError for weights of another shape or another language
     model, and where they share none.
@@ -101,11 +110,12 @@ def begin_from(model: SpeechLLM, recipe: Recipe, run: str) -> None:
         f"{new:,}",
         f"; only one of the two has {', '.join(sorted(projector)[:4])}" if projector else "",
     )
+    return run_source(run, folder)
 
 
 def _same_llm(heard: Recipe, folder: Path, recipe: Recipe) -> None:
     """Raises IsthmusError for a run whose projector says the tokens of another language model."""
-    own, other = recipe.llm.sources()[""], heard.llm.sources()[""]
+    own, other = sources(recipe.llm)[""], sources(heard.llm)[""]
     if own.sha256 != other.sha256:
         raise IsthmusError(
             f"{folder} says the tokens of {other.name}, and the language model that is to listen "
@@ -154,7 +164,7 @@ def _pinned(settings: Any, path: Sequence[str], commit: str) -> Any:
 def compare_sources(recipe: Experiment, folder: Path) -> None:
     """What a run starts from is stored by checksum only: it must still be the same."""
     recorded = read_json(folder / PARTS)
-    for name, part in recipe.sources().items():
+    for name, part in sources(recipe).items():
         then = recorded.get(name, {}).get("sha256", {})
         different = [
             f"{file} (SHA-256 {then.get(file, 'none')} then, {part.sha256.get(file, 'none')} now)"

@@ -12,15 +12,19 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
+from isthmus.build import build_model
+from isthmus.decoding.transcriber import load
 from isthmus.errors import IsthmusError
+from isthmus.files import file_sha256
 from isthmus.model import token_ctc
 from isthmus.recipe import Recipe
-from isthmus.training.checkpoint import WEIGHTS
-from isthmus.training.data import speech_data
+from isthmus.runs.checkpoint import WEIGHTS
+from isthmus.runs.folder import PARTS
+from isthmus.runs.loading import load_run
 from isthmus.training.loop import METRICS
-from isthmus.training.projector import SpeechTask
-from isthmus.training.run_loading import load_run
 from isthmus.training.runs import SHAPING, Opening, train
+from isthmus.training.speech_task import SpeechTask
+from isthmus.training.training_data import speech_data
 
 TEXTS = ("go left", "stop now and then", "one two", "yes", "a longer sentence", "no")
 INNER = {"type": "linear", "downsample_rate": 2, "hidden": 8}
@@ -51,7 +55,7 @@ def make(tmp_path: Path, model_folder: Callable[[str], Path]) -> Callable[..., R
             | {"eval_every": 5, "save_every": 1},
         }
         for name, values in changes.items():
-            plain[name] = values if "type" in values else {**plain[name], **values}
+            plain[name] = values if "type" in values else {**plain.get(name, {}), **values}
         return Recipe.model_validate({"name": "random", **plain})
 
     return recipe
@@ -62,7 +66,7 @@ Make = Callable[..., Recipe]
 
 def task_of(recipe: Recipe) -> SpeechTask:
     torch.manual_seed(0)
-    model = recipe.build().eval()
+    model = build_model(recipe).eval()
     return SpeechTask(model, *speech_data(recipe, model), recipe)
 
 
@@ -212,6 +216,21 @@ def test_the_llm_does_not_run_for_ctc_alone(make: Make, monkeypatch: pytest.Monk
     assert found.total.item() > 0
 
 
+@pytest.mark.parametrize(("llm", "weight"), [("lora", 0.0), ("lora", 0.5), ("frozen", 0.0)])
+def test_adapters_that_are_never_trained_are_told(
+    make: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture, llm: str, weight: float
+) -> None:
+    """And not where they are another run's, which are to stay as they are."""
+    settings = {"steps": 1, "ctc_weight": 1.0, "llm_weight": weight}
+    recipe = make(llm={"tune": llm}, train=settings)
+    train(recipe, tmp_path / "run")
+    told = "llm.tune is lora, but train.llm_weight is 0" in caplog.text
+    assert told == ((llm, weight) == ("lora", 0.0))
+    caplog.clear()
+    train(recipe.model_copy(update={"start_from": (str(tmp_path / "run"),)}), tmp_path / "next")
+    assert "llm_weight" not in caplog.text
+
+
 def test_an_utterance_without_room_for_its_tokens_is_left_out_and_counted(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -326,3 +345,45 @@ def test_another_runs_ears(make: Make, tmp_path: Path, model_folder: Callable[[s
     for pair in (("linear", "ears"), ("mind", "linear")):
         with pytest.raises(IsthmusError, match="only soft tokens"):
             load_run(*(tmp_path / name for name in pair))
+
+
+def test_ears_are_named_and_bring_their_own_delay(
+    make: Make, tmp_path: Path, isthmus: Callable[..., tuple[int, str, str]]
+) -> None:
+    for name, delay in (("mind", 0.1), ("ears", 0.2)):
+        settings = {"steps": 1, "ctc_weight": 1.0}
+        recipe = make(projector=SOFT, train=settings, decode={"ctc_delay": delay, "beam_size": 1})
+        train(recipe, tmp_path / name)
+    ears = {"name": str(tmp_path / "ears"), "commit": None}
+    ears["sha256"] = {WEIGHTS: file_sha256(tmp_path / "ears" / "best" / WEIGHTS)}
+    command = "evaluate", tmp_path / "mind", tmp_path / "all.jsonl", "--json"
+    for options, delay, source in (([], 0.1, None), (["--ears", tmp_path / "ears"], 0.2, ears)):
+        report = json.loads(isthmus(*command, *options)[1])
+        assert report["decode"]["ctc_delay"] == delay
+        assert report["ears"] == source
+    named = load(tmp_path / "mind", ears=tmp_path / "ears", ctc_delay=0.3)
+    assert named.ctc_delay == 0.3
+
+
+def test_a_run_says_what_it_begins_with(make: Make, tmp_path: Path) -> None:
+    """Name and weights; another than that is refused where it begins again."""
+    for name in ("one", "two"):
+        train(make(train={"steps": 1}), tmp_path / name)
+    names = tuple(str(tmp_path / name) for name in ("one", "two"))
+    recipe = make(train={"steps": 1}).model_copy(update={"start_from": names})
+    train(recipe, tmp_path / "run")
+    parts = json.loads((tmp_path / "run" / PARTS).read_text())
+    for place, name in enumerate(names):
+        sums = {WEIGHTS: file_sha256(Path(name) / "best" / WEIGHTS)}
+        found = {"name": name, "commit": None, "sha256": sums}
+        assert parts[f"start_from.{place}"] == found
+    shutil.rmtree(tmp_path / "two")
+    load_run(tmp_path / "run")  # which needs none of them
+    train(make(train={"steps": 3}), tmp_path / "two")
+    for folder in ("best", "checkpoints"):
+        shutil.rmtree(tmp_path / "run" / folder)
+    with pytest.raises(IsthmusError, match=r"allow-change start_from\.1"):
+        train(recipe, tmp_path / "run", Opening(resume=True))
+    train(recipe, tmp_path / "run", Opening(resume=True, allow_change=["start_from"]))
+    again = json.loads((tmp_path / "run" / PARTS).read_text())
+    assert again["start_from.1"] != parts["start_from.1"]

@@ -1,72 +1,13 @@
-"""Plain settings of recipes: what is trained on, how it is optimised, how texts are searched for.
-
-Those of a part of the model stand beside the part.
-"""
+"""Settings of the training loop."""
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from isthmus.errors import IsthmusError
-from isthmus.model.parts import PartSettings
-from isthmus.speech.augment import Augmentation, SpecAugment
+from isthmus.settings.base import DEFAULT_LANGUAGE, PartSettings, Precision
 
-Precision = Literal["float32", "bfloat16"]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-DEFAULT_LANGUAGE = "default"  # stands for those that a mapping by language does not name
-
-
-class Corpus(PartSettings):
-    """One manifest or folder of speech."""
-
-    path: str
-    """Folder or manifest; `${ISTHMUS_SPEECH}` and other variables are expanded."""
-    repeat: int = Field(1, ge=1)
-    """How often its utterances come in an epoch."""
-
-
-class JoinSettings(PartSettings):
-    """Training utterances one behind the other, as one."""
-
-    probability: float = Field(0.5, ge=0, le=1)
-    """That an utterance is joined to the one before."""
-    max_seconds: float = Field(8.0, gt=0)
-    """Longest joined utterance."""
-
-
-class DataSettings(PartSettings):
-    """What is trained and validated on."""
-
-    train: tuple[Corpus | str, ...] = ()
-    dev: tuple[Corpus | str, ...] = ()
-    max_seconds: float = Field(30.0, gt=0)
-    """Longer utterances are bad items (encoders may set a lower limit)."""
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Bad items are counted and skipped up to this fraction; beyond it training stops."""
-    augment: Augmentation | None = None
-    """On waveforms, in training only."""
-    join: JoinSettings | None = None
-    """Random concatenation, in training only."""
-    languages: tuple[str, ...] | None = Field(None, min_length=1)
-    """Only utterances in these, as the corpora write them."""
-    language_temperature: float | None = Field(None, ge=1, allow_inf_nan=False)
-    """Above 1, training draws rare languages more often: by their share to the power of 1 / it."""
-
-
-class SpeechDataSettings(DataSettings):
-    """The same for a model with a frozen encoder, whose frames can be kept."""
-
-    feature_cache: Precision | Literal["none"] = "none"
-    """Keep the frozen encoder's frames on disk, in this precision, and never compute them twice."""
-    spec_augment: SpecAugment | None = None
-    """On log-mel features, in training only: for a Conformer that is trained too."""
-
-
-class CTCDataSettings(DataSettings):
-    """The same for CTC, which can also mask features."""
-
-    spec_augment: SpecAugment | None = None
-    """On log-mel features, in training only."""
 
 
 class LoopSettings(PartSettings):
@@ -205,62 +146,3 @@ class SpeechTrainSettings(TrainSettings):
         if not isinstance(self.text_masking, dict):
             return self.text_masking
         return self.text_masking.get(language, self.text_masking.get(DEFAULT_LANGUAGE, 0.0))
-
-
-class RecogniserSettings(PartSettings):
-    """How audio comes to what recognises it."""
-
-    batch_size: int = Field(8, ge=1)
-    """Utterances decoded together; has no influence on the text."""
-    gate: Literal["auto", "silero", "energy", "none"] = "auto"
-    """What finds the speech: audio without any gives empty text. auto: silero if installed."""
-    chunk_seconds: float = Field(30.0, ge=2)
-    """Longer recordings are decoded in chunks of at most this (models may set a lower limit)."""
-
-
-class DecodeSettings(RecogniserSettings):
-    """How transcripts are searched for."""
-
-    beam_size: int = Field(4, ge=1)
-    """Hypotheses kept; 1 is greedy."""
-    length_penalty: float = 1.0
-    """Exponent on the length that a hypothesis' score is divided by."""
-    tokens_per_second: float = Field(30.0, gt=0)
-    """A transcript has at most this many tokens a second of audio, and ..."""
-    extra_tokens: int = Field(20, ge=1)
-    """... this many more."""
-    early_stopping: bool = False
-    """Stop as soon as there are `beam_size` finished hypotheses."""
-    drafts: bool = True
-    """With beam_size 1: a CTC head, if there is one, writes what the LLM then checks."""
-    strict: bool = False
-    """Each utterance at shapes of its own: slower, the same to the last bit in any company."""
-    deadline: float | None = Field(None, gt=0)
-    """Seconds after which the search of a batch is broken off."""
-    hotwords: tuple[str, ...] = ()
-    """Phrases to be expected: names, terms."""
-    hotword_bonus: float = Field(1.0, ge=0)
-    """Added to a hypothesis for each of their tokens; given back where a phrase breaks off."""
-    ngram: str | None = None
-    """An n-gram language model, a file in ARPA format (.gz too), that has a say in the search."""
-    ngram_weight: float = Field(0.3, ge=0)
-    ctc_weight: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """How much of a say a CTC head (the encoder's, or the projector's) has; 0 is none."""
-    ctc_delay: float | None = Field(None, allow_inf_nan=False)
-    """Seconds that the labels of that head come late, for word times; its type's own unless set."""
-    posterior_temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
-    """Of the soft tokens of ctc-posterior; above 1 more of the choice is left to the LLM."""
-    nbest: int = Field(1, ge=1)
-    """Hypotheses to write, the best among them; at most beam_size."""
-    instruction: str | None = None
-    """Another instruction than the run was trained with."""
-    min_confidence: float = Field(0.0, ge=0, le=1)
-    """A text with less than this is marked as doubtful, and ..."""
-    max_ctc_distance: float = Field(1.0, ge=0, le=1)
-    """... one of which the CTC head heard a greater share of letters otherwise."""
-
-    @model_validator(mode="after")
-    def _enough_beams(self) -> "DecodeSettings":
-        if self.nbest > self.beam_size:
-            raise ValueError(f"nbest {self.nbest} is more than beam_size {self.beam_size}")
-        return self

@@ -23,12 +23,15 @@ log = logging.getLogger(__name__)
 def local_run(run: str | Path) -> Path | None:
     """The folder of a run, checked; None for `owner/name`, which the hub may have.
 
-    `base` and `tiny` are the runs that ship, `default` is one of them.
+    `base` and `tiny` are the runs that ship, whatever lies here under these names, `default` is
+    one of them.
 
     Raises IsthmusError for what is no run folder, or one that a newer isthmus wrote.
     """
     name = default_system() if str(run) == DEFAULT else str(run)
     if name in SHIPPED_RUNS and SHIPPED_RUNS[name].is_dir():
+        if str(run) == name:
+            _tell_shadowed(Path(name).absolute())
         return SHIPPED_RUNS[name]
     folder = Path(run)
     if folder.is_dir():
@@ -41,6 +44,17 @@ def local_run(run: str | Path) -> Path | None:
         f"No run folder {str(run)!r}. Name one that `isthmus train` made, or base or tiny; a model "
         "of Hugging Face is named owner/name."
     )
+
+
+@cache
+def _tell_shadowed(folder: Path) -> None:
+    """Say, once, that a shipped run is read and not the folder of that name."""
+    if any((folder / file).is_file() for file in (RECIPE, CONFIG, f"{MODEL}/{CONFIG}")):
+        log.warning(
+            "%s is the system that ships with isthmus; the folder here is named ./%s.",
+            folder.name,
+            folder.name,
+        )
 
 
 @cache
@@ -71,7 +85,7 @@ def local_system(name: str | Path) -> Path | None:
     Of a run of `isthmus pretrain-ctc` it is the model in it. Raises IsthmusError for anything else.
     """
     for folder in (Path(name) / MODEL, Path(name)):
-        if (folder / CONFIG).is_file():
+        if str(name) not in SHIPPED_RUNS and (folder / CONFIG).is_file():
             return folder
     run = local_run(name)
     if run is not None and "encoder" not in read_recipe(run / RECIPE)[1]:

@@ -11,13 +11,15 @@ from transformers import PreTrainedTokenizerFast
 from isthmus.errors import IsthmusError
 from isthmus.files import recover_folder, write_folder
 from isthmus.model.parts import loading
-from isthmus.model.spelling import for_ctc
+from isthmus.model.spelling import for_ctc, learn_units
 from isthmus.recipe import CTCRecipe
-from isthmus.recipe_settings import Corpus
+from isthmus.runs import checkpoint
+from isthmus.runs.folder import CHECKPOINTS
+from isthmus.settings.datasets import Corpus
 from isthmus.speech.corpora import read_corpus
-from isthmus.training import checkpoint
-from isthmus.training.batches import transcript
-from isthmus.training.folder import CHECKPOINTS
+from isthmus.speech.cuts import (
+    transcript,
+)
 from isthmus.training.languages import chosen
 from isthmus.training.parallel import Ranks
 
@@ -50,7 +52,7 @@ def run_units(
     learnt: list[str] = []
 
     def learn() -> None:
-        learnt.append(units.tokenizer(texts_of(recipe)).backend_tokenizer.to_str())
+        learnt.append(learn_units(units, texts_of(recipe)).backend_tokenizer.to_str())
 
     ranks.lead(learn)  # by one: learnt again they would be nearly the same
     (text,) = ranks.gather(learnt)

@@ -5,7 +5,6 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 
-import torch
 from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
@@ -15,12 +14,19 @@ from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letters_known
 from isthmus.model.token_ctc import needed_embeddings
 from isthmus.recipe import CTCRecipe, Recipe
-from isthmus.recipe_settings import DEFAULT_LANGUAGE, Corpus, DataSettings
+from isthmus.settings.base import DEFAULT_LANGUAGE
+from isthmus.settings.datasets import Corpus, DataSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.speech.augment import Augmentation
 from isthmus.speech.corpora import read_corpus, usable
-from isthmus.training.batches import Fits, Positions, SpeechData, transcript
-from isthmus.training.features import FeatureCache, cache_folder, encoder_description
+from isthmus.speech.cuts import (
+    transcript,
+)
+from isthmus.training.batches import (
+    Fits,
+    Positions,
+    SpeechData,
+)
 from isthmus.training.languages import check_named, check_spoken, chosen
 
 log = logging.getLogger(__name__)
@@ -60,26 +66,6 @@ def speech_data(
     if dev:
         dev = chosen(dev, data.languages, "data.dev")
     return train, SpeechData(dev, positions=positions) if dev else None
-
-
-def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> FeatureCache | None:
-    """The cache of a recipe's encoder; None, with the reason in the log, where it has none.
-
-    `strict`: what cannot be written is an error instead of a warning.
-    """
-    precision = recipe.data.feature_cache
-    if precision == "none":
-        return None
-    acting = [name for name in ("augment", "join") if getattr(recipe.data, name) is not None]
-    if acting or recipe.encoder.tune != "frozen":
-        reason = f"data.{acting[0]} changes the audio" if acting else "the encoder is trained"
-        log.warning("feature cache: off, because %s.", reason)
-        return None
-    dtype = str(next(model.encoder.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
-    description = encoder_description(recipe.encoder, dtype=dtype, precision=precision)
-    cache = FeatureCache(cache_folder(description), description, strict=strict)
-    log.info("feature cache: %s", cache.folder)
-    return cache
 
 
 def _warn_of_unspelt(llm: LLM, cuts: Sequence[Cut]) -> None:

@@ -9,19 +9,23 @@ import numpy as np
 import pytest
 import soundfile
 
+from isthmus.build import build_model
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.features import LogMelSettings
-from isthmus.model.llm import LLMSettings
-from isthmus.model.projector import LinearProjectorSettings
+from isthmus.model.conformer import ConformerCTC
+from isthmus.model.encoder import build_encoder
+from isthmus.model.llm import build_llm
+from isthmus.model.projector import build_projector
 from isthmus.model.prompt import PaperPrompt
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.spelling import letter_tokenizer
 from isthmus.recipe import CTCRecipe, Recipe
-from isthmus.recipe_settings import Corpus, DataSettings, JoinSettings
+from isthmus.settings.conformers import ConformerArchitecture, LogMelSettings
+from isthmus.settings.datasets import Corpus, DataSettings, JoinSettings
+from isthmus.settings.llms import LLMSettings
+from isthmus.settings.projectors import LinearProjectorSettings
 from isthmus.speech.augment import Augmentation, Padding, Speed
 from isthmus.training.batches import SpeechData, join_utterances
-from isthmus.training.data import fits_model, load_cuts, speech_data
+from isthmus.training.training_data import fits_model, load_cuts, speech_data
 
 
 @pytest.fixture
@@ -56,7 +60,7 @@ def test_what_does_not_fit_the_model_is_left_out_and_named(
 ) -> None:
     few = recipe(speech, model_folder("llama"), 0.5)
     with caplog.at_level(logging.INFO):
-        train, dev = speech_data(few, few.build())
+        train, dev = speech_data(few, build_model(few))
     assert [cut.id for cut in train.cuts] == ["a", "b"]
     assert dev is None
     assert "utterance 'long': it takes" in caplog.text
@@ -68,7 +72,7 @@ def test_more_than_the_stated_fraction_stops(
 ) -> None:
     none = recipe(speech, model_folder("llama"), 0.1)
     with pytest.raises(IsthmusError, match=r"1 of 3 utterances do not fit .*'long'"):
-        speech_data(none, none.build())
+        speech_data(none, build_model(none))
 
 
 @pytest.fixture
@@ -76,9 +80,9 @@ def whisper_llama(
     model_folder: Callable[[str], Path], encoder_settings: Callable[[str], Any]
 ) -> SpeechLLM:
     """30 s of audio at most; 256 positions."""
-    llm = LLMSettings(path=str(model_folder("llama"))).build()
-    encoder = encoder_settings("whisper").build()
-    projector = LinearProjectorSettings(downsample_rate=10, hidden=8).build(encoder, llm)
+    llm = build_llm(LLMSettings(path=str(model_folder("llama"))))
+    encoder = build_encoder(encoder_settings("whisper"))
+    projector = build_projector(LinearProjectorSettings(downsample_rate=10, hidden=8), encoder, llm)
     return SpeechLLM(encoder, projector, llm, PaperPrompt())
 
 
@@ -133,12 +137,12 @@ def test_training_data_are_planned_within_the_models_limits(
     values["data"]["augment"] = {"speed": {"factors": [0.08, 1.0]}}  # 2 s become 25
     values["data"]["join"] = {"probability": 1.0, "max_seconds": 60}
     slow = Recipe.model_validate(values)
-    train, _ = speech_data(slow, slow.build())
+    train, _ = speech_data(slow, build_model(slow))
     groups = [group for batch in train.plan(slow.train, 0) for group in batch]
     assert sorted(groups) == [(0,), (1,)]  # together they could be 37 s
     values["data"]["augment"] = None
     plain = Recipe.model_validate(values)
-    train, _ = speech_data(plain, plain.build())
+    train, _ = speech_data(plain, build_model(plain))
     assert sum(len(group) for group in train.plan(plain.train, 0)[0]) == 2
     assert len(train.plan(plain.train, 0)[0]) == 1
 

@@ -15,10 +15,10 @@ from isthmus.model.layers import checkpoint_layers, compile_layers, recompute_ga
 from isthmus.model.speech_llm import SpeechLLM
 from isthmus.model.token_ctc import needed_embeddings
 from isthmus.recipe import Recipe
-from isthmus.recipe_settings import SpeechTrainSettings
+from isthmus.runs.feature_cache import FeatureCache
+from isthmus.settings.optimisation import SpeechTrainSettings
 from isthmus.speech.audio import SAMPLE_RATE
 from isthmus.training.batches import Batch, Group, SpeechData
-from isthmus.training.features import FeatureCache
 from isthmus.training.loop import Loss
 from isthmus.training.parallel import Ranks
 

@@ -14,17 +14,24 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from isthmus.build import build_conformer
 from isthmus.decoding.timestamps import align_words
 from isthmus.errors import IsthmusError
-from isthmus.model.conformer import ConformerArchitecture, ConformerCTC
-from isthmus.model.features import LogMelSettings
-from isthmus.model.spelling import LETTERS, SentencePieceUnits, for_ctc
+from isthmus.model.conformer import ConformerCTC
+from isthmus.model.spelling import for_ctc, learn_units
 from isthmus.recipe import CTCRecipe
-from isthmus.training.checkpoint import WEIGHTS
-from isthmus.training.data import fits_model
+from isthmus.runs.checkpoint import WEIGHTS
+from isthmus.settings.conformers import (
+    LETTERS,
+    ConformerArchitecture,
+    LogMelSettings,
+    SentencePieceUnits,
+)
+from isthmus.training import learnt_units
+from isthmus.training.learnt_units import UNITS, run_units, texts_of
 from isthmus.training.parallel import Ranks
 from isthmus.training.runs import Opening, pretrain_ctc
-from isthmus.training.spelling import UNITS, run_units, texts_of
+from isthmus.training.training_data import fits_model
 
 TEXTS = ["eins zwei drei", "fünf sechs", "one two three", "müde żółw"]
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -51,7 +58,7 @@ def recipe(corpus: Path, **changes: Any) -> CTCRecipe:
 
 
 def conformer() -> ConformerCTC:
-    units = SentencePieceUnits(type="sentencepiece", size=40).tokenizer(TEXTS)
+    units = learn_units(SentencePieceUnits(type="sentencepiece", size=40), TEXTS)
     torch.manual_seed(0)
     return ConformerCTC.initial(
         ConformerArchitecture.model_validate(SIZES), units, LogMelSettings()
@@ -82,9 +89,9 @@ def test_a_resumed_run_writes_with_the_same_units(
     def never(*arguments: Any) -> None:
         raise AssertionError("units are learnt once")
 
-    monkeypatch.setattr(SentencePieceUnits, "tokenizer", never)
+    monkeypatch.setattr(learnt_units, "learn_units", never)
     pretrain_ctc(recipe(corpus), parts, Opening(resume=True, allow_change=["train.steps"]))
-    monkeypatch.setattr(SentencePieceUnits, "tokenizer", lambda *arguments: learnt)
+    monkeypatch.setattr(learnt_units, "learn_units", lambda *arguments: learnt)
     pretrain_ctc(recipe(corpus), whole)
     for name in (UNITS, "model"):
         assert (parts / name / "tokenizer.json").read_bytes() == units
@@ -112,7 +119,7 @@ def test_an_unknown_language_is_said_before_pieces_are_learnt(
     def never(*arguments: Any) -> None:
         raise AssertionError("minutes, for nothing")
 
-    monkeypatch.setattr(SentencePieceUnits, "tokenizer", never)
+    monkeypatch.setattr(learnt_units, "learn_units", never)
     wrong = recipe(corpus, data={"train": [str(corpus)], "languages": ["en", "de"]})
     with pytest.raises(IsthmusError, match=r"data\.languages names 'de'"):
         pretrain_ctc(wrong, tmp_path / "run")
@@ -134,12 +141,12 @@ def test_only_the_leading_process_learns(
 ) -> None:
     units = recipe(corpus).units
     assert units is not None
-    learnt = units.tokenizer(TEXTS)
+    learnt = learn_units(units, TEXTS)
 
     def never(*arguments: Any) -> None:
         raise AssertionError("learnt by the other")
 
-    monkeypatch.setattr(SentencePieceUnits, "tokenizer", never)
+    monkeypatch.setattr(learnt_units, "learn_units", never)
     follower = Follower([learnt.backend_tokenizer.to_str()])
     found = run_units(recipe(corpus), tmp_path, follower, resumed=False)
     assert found is not None
@@ -167,5 +174,5 @@ def test_one_way_to_spell(corpus: Path) -> None:
         recipe(corpus, letters="abc")
     with pytest.raises(ValueError, match="start_from brings its own units"):
         recipe(corpus, architecture=None, start_from="isthmus/tiny-conformer")
-    letters = recipe(corpus, units={"type": "letters", "letters": "abc "}).build()
+    letters = build_conformer(recipe(corpus, units={"type": "letters", "letters": "abc "}))
     assert len(letters.tokenizer) == 6

@@ -21,17 +21,17 @@ from lhotse import AudioSource, MonoCut, Recording
 from torch import Tensor
 
 from isthmus.errors import IsthmusError
-from isthmus.model.encoder import PairSettings
-from isthmus.speech.audio import AudioError
-from isthmus.speech.corpora import load_cut
-from isthmus.training import features
-from isthmus.training.features import (
+from isthmus.runs import feature_cache
+from isthmus.runs.feature_cache import (
     FeatureCache,
     Verification,
     cache_folder,
     encoder_description,
     utterance_key,
 )
+from isthmus.settings.encoders import PairSettings
+from isthmus.speech.audio import AudioError
+from isthmus.speech.corpora import load_cut
 
 WIDTH = 6
 BFLOAT16 = {"encoder": {"type": "fbank"}, "precision": "bfloat16"}
@@ -195,7 +195,7 @@ def test_without_verification_damage_would_be_read(
     filled(tmp_path, count=5)
     flip_bit(tmp_path)
     sums = [json.loads(line)["sha256"] for line in the_only(tmp_path, "*.jsonl").open()]
-    monkeypatch.setattr(features, "_checksum", lambda key, frames: sums[int(key)])
+    monkeypatch.setattr(feature_cache, "_checksum", lambda key, frames: sums[int(key)])
     held = FeatureCache(tmp_path, FLOAT32).get("4")
     assert held is not None
     assert not held.equal(frames_of(4))
@@ -384,8 +384,18 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, caplog: pytest.LogCaptureF
     cache.put("0", frames_of(0))
     assert cache.get("0") is None
     assert len(caplog.records) == 1
-    with pytest.raises(IsthmusError, match="cannot be written"):
+    with pytest.raises(IsthmusError, match=f"{tmp_path}/file/cache cannot be written"):
         FeatureCache(tmp_path / "file" / "cache", FLOAT32, strict=True)
+
+
+def test_the_file_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feature_cache, "_unique_name", lambda: "own")
+    (tmp_path / "own-0.bin").mkdir()
+    cache = FeatureCache(tmp_path, FLOAT32, strict=True)
+    with pytest.raises(IsthmusError, match=f"{tmp_path}/own-0.bin cannot be written: File exists"):
+        cache.put("0", frames_of(0))
 
 
 # Whose frames
@@ -412,7 +422,7 @@ def test_the_description_tells_encoders_apart(
         for dtype in ("float32", "bfloat16")
         for precision in ("float32", "bfloat16")
     ]
-    monkeypatch.setattr(features, "FRONT_END_VERSION", 2)
+    monkeypatch.setattr(feature_cache, "FRONT_END_VERSION", 2)
     settings = encoder_settings(encoder_names[0])
     described.append(encoder_description(settings, dtype="float32", precision="float32"))
     folders = {cache_folder(description) for description in described}
@@ -499,7 +509,7 @@ def test_the_key_is_the_content_not_the_name(tmp_path: Path) -> None:
 def test_with_the_names_of_files_alone_a_change_would_be_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "_identity", lambda path: ())
+    monkeypatch.setattr(feature_cache, "_identity", lambda path: ())
     path = write_audio(tmp_path / "a.wav", seed=0)
     first = utterance_key(cut_of(path))
     write_audio(path, seed=1)

@@ -32,8 +32,11 @@ from torch import Tensor
 
 from isthmus.errors import IsthmusError
 from isthmus.files import CACHE_VARIABLE, read_json, user_cache, write_atomic
-from isthmus.model.encoder import EncoderSettings
-from isthmus.recipe_settings import Precision
+from isthmus.model.parts import sources
+from isthmus.model.speech_llm import SpeechLLM
+from isthmus.recipe import Recipe
+from isthmus.settings.base import Precision
+from isthmus.settings.encoders import EncoderSettings
 from isthmus.speech.corpora import load_cut
 
 FRONT_END_VERSION = 1  # raise it whenever the code that turns audio into frames changes
@@ -59,7 +62,7 @@ def encoder_description(
         )
     files = {
         f"{name}/{file}".lstrip("/"): digest
-        for name, part in settings.sources().items()
+        for name, part in sources(settings).items()
         for file, digest in part.sha256.items()
     }
     names = dict.fromkeys(("tune", "path", "revision"), True)
@@ -341,8 +344,9 @@ class FeatureCache:
     def _stop_writing(self, error: OSError) -> None:
         self._writer = None
         message = (
-            f"feature cache {self.folder} cannot be written: {error.strerror}. Make room or give "
-            f"permission there, or set {CACHE_VARIABLE} to a folder on another disk."
+            f"feature cache: {error.filename or self.folder} cannot be written: {error.strerror}. "
+            f"Make room or give permission there, or set {CACHE_VARIABLE} to a folder on another "
+            "disk."
         )
         if self.strict:
             raise IsthmusError(message) from error
@@ -413,3 +417,23 @@ def _checksum(key: str, frames: Tensor) -> str:
     digest = hashlib.sha256(f"{key} {list(frames.shape)} {frames.dtype} ".encode())
     digest.update(_bytes(frames))
     return digest.hexdigest()
+
+
+def feature_cache(recipe: Recipe, model: SpeechLLM, *, strict: bool = False) -> FeatureCache | None:
+    """The cache of a recipe's encoder; None, with the reason in the log, where it has none.
+
+    `strict`: what cannot be written is an error instead of a warning.
+    """
+    precision = recipe.data.feature_cache
+    if precision == "none":
+        return None
+    acting = [name for name in ("augment", "join") if getattr(recipe.data, name) is not None]
+    if acting or recipe.encoder.tune != "frozen":
+        reason = f"data.{acting[0]} changes the audio" if acting else "the encoder is trained"
+        log.warning("feature cache: off, because %s.", reason)
+        return None
+    dtype = str(next(model.encoder.parameters(), torch.empty(0)).dtype).removeprefix("torch.")
+    description = encoder_description(recipe.encoder, dtype=dtype, precision=precision)
+    cache = FeatureCache(cache_folder(description), description, strict=strict)
+    log.info("feature cache: %s", cache.folder)
+    return cache

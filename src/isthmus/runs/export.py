@@ -12,13 +12,13 @@ from isthmus.errors import IsthmusError
 from isthmus.files import read_json, write_atomic, write_folder
 from isthmus.model.adapters import save_adapter
 from isthmus.model.fetch import name_of
-from isthmus.model.parts import source
+from isthmus.model.parts import source, sources
 from isthmus.recipe import Recipe, dump_recipe, named_models
 from isthmus.recipe_files import parse_yaml
+from isthmus.runs.checkpoint import STATE, Progress, save_checkpoint
+from isthmus.runs.folder import BEST, ENVIRONMENT, PARTS, RECIPE
+from isthmus.runs.loading import load_run, stored_recipe, trained_weights
 from isthmus.speech.utterances import expand_path
-from isthmus.training.checkpoint import STATE, Progress, save_checkpoint
-from isthmus.training.folder import BEST, PARTS, RECIPE
-from isthmus.training.run_loading import load_run, stored_recipe, trained_weights
 
 
 def export_adapter(run: Path, folder: Path) -> str:
@@ -43,7 +43,8 @@ def export_run(run: Path, folder: Path) -> int:
     """Write a run into a new folder that can be read on any machine; its trained bytes.
 
     What was trained is stored in bfloat16. Parts that `isthmus fetch` knows get the names it knows
-    them by; of corpora the names stay, not where they lie.
+    them by; of corpora and of runs that it began with the names stay, not where they lie. The
+    versions that it was trained with are kept, but not the command.
 
     Raises IsthmusError when the folder exists, or the run needs a file of this machine.
     """
@@ -55,11 +56,17 @@ def export_run(run: Path, folder: Path) -> int:
         name: value.to(torch.bfloat16) if value.is_floating_point() else value
         for name, value in model.trained_state().items()
     }
-    sources = {name: part.to_dict() for name, part in shipped.sources().items()}
+    parts = {name: part.to_dict() for name, part in sources(shipped).items()}
+    for name, part in read_json(run / PARTS).items():
+        if name.startswith("start_from"):
+            parts[name] = part | {"name": Path(part["name"]).name}
+    environment = read_json(run / ENVIRONMENT) if (run / ENVIRONMENT).is_file() else {}
+    environment.pop("command", None)
 
     def write(path: Path) -> None:
         save_checkpoint(path / BEST, state, Progress(**read_json(weights / STATE)))
-        write_atomic(path / PARTS, json.dumps(sources, indent=2) + "\n")
+        for file, values in ((PARTS, parts), (ENVIRONMENT, environment)):
+            write_atomic(path / file, json.dumps(values, indent=2) + "\n")
         write_atomic(path / RECIPE, dump_recipe(shipped))
 
     write_folder(folder, write)

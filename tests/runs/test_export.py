@@ -13,11 +13,11 @@ from isthmus.errors import IsthmusError
 from isthmus.files import file_sha256, verify_folder
 from isthmus.lab.synthesis import synthesise_corpus
 from isthmus.model import fetch
-from isthmus.model.parts import SHIPPED
 from isthmus.recipe import load_recipe
-from isthmus.training.export import export_run
-from isthmus.training.folder import BEST, SHIPPED_RUNS
-from isthmus.training.run_loading import load_run
+from isthmus.runs.export import export_run
+from isthmus.runs.folder import BEST, SHIPPED_RUNS
+from isthmus.runs.loading import load_run
+from isthmus.settings.base import SHIPPED
 from isthmus.training.runs import train
 
 
@@ -68,9 +68,13 @@ def test_it_reads_where_nothing_of_this_machine_is(
     num_bytes = sum(value.nbytes for value in stored.values())
     assert (code, json.loads(said)) == (0, {"run": str(out), "bytes": num_bytes})
     verify_folder(out / BEST)
-    assert (
-        str(run.parent) not in (out / "recipe.yaml").read_text() + (out / "parts.json").read_text()
-    )
+    assert not any(str(run.parent) in file.read_text() for file in out.glob("*.*"))
+    environment = json.loads((run / "environment.json").read_text())
+    assert json.loads((out / "environment.json").read_text()) == {
+        name: value for name, value in environment.items() if name != "command"
+    }
+    parts = [json.loads((folder / "parts.json").read_text()) for folder in (run, out)]
+    assert parts[1]["start_from.0"] == parts[0]["start_from.0"] | {"name": "tiny"}
     before, after = load_run(run)[0].trained_state(), load_run(out)[0].trained_state()
     for name, value in before.items():
         assert stored[name].dtype == torch.bfloat16
