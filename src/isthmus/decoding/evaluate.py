@@ -55,6 +55,7 @@ class Evaluation:
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
     languages: LanguageScores | None = None  # where there are several
     ears: Source | None = None  # the run whose ears heard, if not its own
+    unwritten: OSError | None = None  # why transcripts could not be written
 
     @property
     def unheard(self) -> dict[str, Counter[str]]:
@@ -98,7 +99,8 @@ class Evaluation:
         """A JSON-lines manifest a set, in the form of the Open ASR Leaderboard, with ids."""
         files = new_files(folder, self.sets)
         for name, items in self.sets.items():
-            _write_set(files[name], items)
+            if unwritten := _write_set(files[name], items):
+                raise unwritten
         return list(files.values())
 
 
@@ -113,7 +115,8 @@ def evaluate(
     """Transcribe corpora and score them: each, and all together.
 
     The words of recordings that cannot be heard count as deleted; lines without a transcript are
-    counted in `left_out`. Transcripts are written into `folder` before they are scored. Raises
+    counted in `left_out`. Transcripts are written into `folder` before they are scored; where that
+    fails, `unwritten` says why. Raises
     IsthmusError, before anything is decoded, for an unknown normaliser, for files that exist and
     for a language that the recogniser does not know; and when no utterance can be heard.
     """
@@ -124,6 +127,7 @@ def evaluate(
     files = {} if folder is None else new_files(folder, sets)
     done, total = 0, sum(map(len, sets.values()))
     decoded: dict[str, list[Decoded]] = {}
+    unwritten: OSError | None = None
     for name, cuts in sets.items():
         decoded[name] = []
         for result in recogniser.results(cuts):
@@ -136,7 +140,7 @@ def evaluate(
             done += 1
             on_batch(done, total)
         if files:
-            _write_set(files[name], decoded[name])
+            unwritten = _write_set(files[name], decoded[name]) or unwritten
     faults = [item for items in decoded.values() for item in items if item.fault]
     if len(faults) == total:
         reasons = ", ".join(sorted(set(map(_reason, faults))))
@@ -148,7 +152,15 @@ def evaluate(
     settings = recogniser.settings.model_dump(mode="json")
     cache = recogniser.cache.precision if recogniser.cache else "none"
     return Evaluation(
-        decoded, scores, settings, left_out, recogniser.longest, cache, languages, recogniser.ears
+        decoded,
+        scores,
+        settings,
+        left_out,
+        recogniser.longest,
+        cache,
+        languages,
+        recogniser.ears,
+        unwritten,
     )
 
 
@@ -215,9 +227,14 @@ def _file_name(name: str) -> str:
     return f"{name.replace('/', '_')}.jsonl"
 
 
-def _write_set(file: Path, items: Sequence[Decoded]) -> None:
+def _write_set(file: Path, items: Sequence[Decoded]) -> OSError | None:
+    """Why it could not be written, which is no reason to lose what was decoded."""
     lines = [json.dumps(_row(item), ensure_ascii=False) + "\n" for item in items]
-    write_atomic(file, "".join(lines))
+    try:
+        write_atomic(file, "".join(lines))
+    except OSError as error:
+        return error
+    return None
 
 
 def _reason(item: Decoded) -> str:

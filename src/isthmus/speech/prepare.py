@@ -173,8 +173,7 @@ def _write(manifest: Path, utterances: Iterable[Utterance], source: str) -> None
             stacklevel=3,
         )
     _refuse_existing(manifest)
-    # Text that was no UTF-8 stays wrong rather than stop the writing: the corpus check names it.
-    write_atomic(manifest, "".join(lines).encode("utf-8", errors="surrogatepass"))
+    write_atomic(manifest, "".join(lines))
 
 
 def _row(utterance: Utterance, folder: Path) -> Row:
