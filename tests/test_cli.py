@@ -1,5 +1,6 @@
 """The command line: light to start, one clear error for what is wrong, JSON where it reports."""
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import pytest
 import soundfile
 from typer.main import get_command
 
+from isthmus import files
 from isthmus.cli import app
 from isthmus.decoding.recogniser import Result
 from isthmus.decoding.transcript import Segment, Transcript
@@ -318,6 +320,75 @@ def test_score_says_what_it_takes_for_ids_and_is_told(isthmus: Isthmus, tmp_path
     assert f"{files[0]} is read as Kaldi text" in err
     code, out, err = isthmus("score", *files, "--json", "--format", "lines")
     assert (code, json.loads(out)["words"], err) == (0, 6, "")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(name: str, path: Path) -> None:
+        if name == "write":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # without a name, as from write
+
+    monkeypatch.setattr(files, "observers", [no_space])
+
+
+@pytest.mark.parametrize("verb", ["cp", "prepare", "transcribe", "evaluate"])
+def test_a_full_disk_is_one_line_for_later(
+    isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, full_disk: None, verb: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    soundfile.write(tmp_path / "in/a.wav", np.zeros(8000), 16_000)
+    (tmp_path / "in/a.txt").write_text("yes")
+    arguments, file = {
+        "cp": (["tiny/projector", "a.yaml"], "a.yaml"),
+        "prepare": (["folder", "in", "out"], "out/in.jsonl"),
+        "transcribe": (["in/a.wav", "-m", "tiny", "-o", "out", "-f", "txt"], "out/a.txt"),
+        "evaluate": (["tiny", "in", "-o", "out", "--json"], "out/in.jsonl"),
+    }[verb]
+    code, out, err = isthmus(verb, *arguments)
+    assert code == 75
+    message = f"error: {file}: cannot be written: No space left on device. Make room,"
+    assert [line.startswith(message) for line in err.splitlines()].count(True) == 1
+    assert "Traceback" not in err
+    if verb == "evaluate":
+        assert json.loads(out)["del"] == 1
+
+
+def test_synth_names_a_full_disk(
+    isthmus: Isthmus, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("espeakng_loader")
+
+    def no_space(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    code, _, err = isthmus("synth", tmp_path / "a", "--utterances", 1, "--domains", "digit=1")
+    assert (code, err.count("\n")) == (75, 1)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_full_standard_output_is_for_later(tmp_path: Path, flags: list[str]) -> None:
+    (tmp_path / "a.txt").write_text("one two\n")
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-m", "isthmus", "score", "a.txt", "a.txt", *flags]
+        done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 75
+    assert done.stderr.startswith("error: cannot be written: No space left on device.")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_letters_that_a_terminal_lacks_end_nothing(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": "u", "text": "caf\u00e9\\ud800"}', "utf-8")
+    (tmp_path / "b.jsonl").write_text('{"id": "u", "text": "one"}')
+    command = [sys.executable, "-m", "isthmus", "score", "a.jsonl", "b.jsonl", "--normaliser=none"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if encoding == "utf-8":
+        assert "caf\u00e9\\ud800->one" in done.stdout
 
 
 NO_DATA = ("data.train=[]", "data.dev=[]")

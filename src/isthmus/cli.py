@@ -1,5 +1,6 @@
 """The command line: parsing and dispatch; a verb imports what it needs when it is called."""
 
+import io
 import logging
 import sys
 import warnings
@@ -8,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from isthmus.errors import IsthmusError
+from isthmus.errors import IsthmusError, of_system
 from isthmus.options import WholeSummaries, with_hyphens
 from isthmus.verbs import analysis, data, decoding, parts, training
 
@@ -56,8 +57,12 @@ def main() -> None:
     logging.basicConfig(level=logging.WARNING, handlers=[lines])
     logging.getLogger("isthmus").setLevel(logging.INFO)
     warnings.showwarning = _show_warning
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # that knows fewer letters than texts have
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="isthmus")  # of `python -m isthmus` too, whose completion is the same
     except (IsthmusError, ModuleNotFoundError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(error.exit_code if isinstance(error, IsthmusError) else 1)
+        fault = of_system(error) if isinstance(error, OSError) else error
+        typer.echo(f"error: {fault}", err=True)
+        sys.exit(getattr(fault, "exit_code", 1))

@@ -1,6 +1,7 @@
 """What goes wrong through something a user can change, and the nearest name to a misspelt one."""
 
 import difflib
+import errno
 import textwrap
 from collections.abc import Iterable
 from typing import ClassVar
@@ -19,6 +20,19 @@ class RetryLater(IsthmusError):
     """
 
     exit_code: ClassVar[int] = 75
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def of_system(error: OSError) -> IsthmusError:
+    """What the system says, in one line with the file; RetryLater where a disk is full."""
+    file = f"{error.filename}: " if error.filename else ""
+    what = (error.strerror or one_line(error)).rstrip(".")
+    if error.errno in _NO_ROOM:
+        remedy = "Make room, or name another place, then give the same command again."
+        return RetryLater(f"{file}cannot be written: {what}. {remedy}")
+    return IsthmusError(f"{file}{what}.")
 
 
 def one_line(error: BaseException) -> str:

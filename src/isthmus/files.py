@@ -57,10 +57,14 @@ def write_atomic(path: Path, content: bytes | str) -> None:
     partial = _beside(path, "partial")
     _make_folder(path.parent)
     try:
-        write_file(partial, content.encode() if isinstance(content, str) else content)
+        # Half a pair, or a byte of a name that is no UTF-8, becomes an escape that JSON knows too.
+        coded = content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        write_file(partial, coded)
         _rename(partial, path)
         _sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)  # which the system may not know
         discard(partial)
         raise
 

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import threading
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -472,6 +473,109 @@ def test_what_only_lhotse_could_load_is_refused(audio: Path) -> None:
         with pytest.raises(AudioError) as caught:
             load_cut(changed)
         assert caught.value.code == "unsupported"
+
+
+def supervised(audio: Path, *spans: tuple[float, float]) -> Path:
+    """A manifest of one lhotse cut, from 0.25 s of b.wav on for 1 s, with supervisions."""
+    (_, cut) = read_corpus(isthmus_lines(audio))
+    item = cut.to_dict() | {"start": 0.25, "duration": 1.0}
+    (one,) = item["supervisions"]
+    item["supervisions"] = [
+        {**one, "id": f"s{n}", "start": start, "duration": duration, "text": f"text {n}"}
+        for n, (start, duration) in enumerate(spans)
+    ]
+    return write_jsonl(audio / "cuts.jsonl", [item])
+
+
+@pytest.mark.parametrize(
+    ("spans", "expected"),
+    [
+        ([(0.0, 1.0)], [("b", 4_000, 20_000)]),
+        ([(0.01, 0.98)], [("b", 4_000, 20_000)]),
+        ([(0.25, 0.5)], [("b", 8_000, 16_000)]),
+        ([(0.0, 0.5)], [("b", 4_000, 12_000)]),
+        ([(0.5, 0.51)], [("b", 12_000, 20_000)]),
+        ([(0.0, 0.5), (0.25, 0.75)], [("s0", 4_000, 12_000), ("s1", 8_000, 20_000)]),
+        ([(0.0, 1.0), (0.5, 0.25)], [("s0", 4_000, 20_000), ("s1", 12_000, 16_000)]),
+    ],
+)
+def test_a_supervision_is_the_part_that_it_covers(
+    audio: Path, spans: list[tuple[float, float]], expected: list[tuple[str, int, int]]
+) -> None:
+    whole = soundfile.read(audio / "b.wav", dtype="float32")[0]
+    cuts = list(read_corpus(supervised(audio, *spans)))
+    assert [cut.id for cut in cuts] == [name for name, _, _ in expected]
+    for number, (cut, (_, start, end)) in enumerate(zip(cuts, expected, strict=True)):
+        assert [one.text for one in cut.supervisions] == [f"text {number}"]
+        np.testing.assert_array_equal(load_cut(cut), whole[start:end])
+    assert check_corpus(CutSet.from_cuts(cuts)).reasons == {}
+
+
+@pytest.mark.parametrize("span", [(-0.5, 1.0), (0.5, 1.0), (0.5, 0.0)])
+def test_a_supervision_beyond_its_cut_is_a_bad_line(audio: Path, span: tuple[float, float]) -> None:
+    path = supervised(audio, span)
+    with pytest.raises(IsthmusError, match=r"cuts\.jsonl:1: cut 'b' lasts 1\.0 s.*'s0' reaches"):
+        read_corpus(path)
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+@pytest.mark.parametrize("make", [isthmus_lines, table_of_tabs, kaldi, sidecars])
+def test_names_match_however_their_accents_are_composed(
+    audio: Path, make: Callable[[Path], Path], forms: tuple[str, str]
+) -> None:
+    on_disk, in_text = (unicodedata.normalize(form, "\u00e9t\u00e9/\u01d8") for form in forms)
+    path = make(audio)
+    (audio / on_disk).parent.mkdir()
+    (audio / "a.wav").rename(audio / f"{on_disk}.wav")
+    if make is sidecars:
+        name = Path(in_text).with_suffix(".txt").name
+        (audio / "a.txt").rename((audio / on_disk).parent / name)
+    else:
+        names = ("wav.scp", "train.jsonl", "transcripts.tsv")
+        for file in (audio / name for name in names if (audio / name).exists()):
+            changed = file.read_text().replace(str(audio / "a.wav"), "a.wav")
+            file.write_text(changed.replace("a.wav", f"{in_text}.wav"))
+    assert check_corpus(read_corpus(path)).n_ok == 2
+
+
+def test_kaldi_ids_match_however_their_accents_are_composed(audio: Path) -> None:
+    (audio / "wav.scp").write_text("e\u0301 a.wav\n")
+    (audio / "text").write_text("\u00e9 good\nother one\n")
+    report = check_corpus(read_corpus(audio))
+    assert (report.n_ok, report.reasons) == (1, {"missing": 1})
+    assert report.rejections[0].message.startswith(f"{audio / 'text'}:2: utterance 'other' has no")
+
+
+def test_letters_that_this_unicode_does_not_know_are_letters(audio: Path) -> None:
+    new = "\U00031350"  # of Unicode 15
+    rows = [{**GOOD, "text": new}, {"audio": "b.wav", "id": new, "text": f"{new} is a name"}]
+    assert check_corpus(read_corpus(write_jsonl(audio / "m.jsonl", rows))).reasons == {}
+
+
+def test_a_table_is_read_by_its_grammar(audio: Path) -> None:
+    path = audio / "m.csv"
+    path.write_text('file_name,text\na.wav,"good\nmorning"\nb.wav,good evening\n')
+    report = check_corpus(read_corpus(path))
+    assert (report.n_in, report.n_ok, report.reasons) == (2, 1, {"bad_text": 1})
+    assert report.rejections[0].message.startswith(f"{path}:2: utterance 'a' has the character")
+    path.write_text("file_name\na.wav\nb.wav\n")
+    assert check_corpus(read_corpus(path)).reasons == {"no_text": 2}
+    path.write_text("a.wav,path\nb.wav,text\n")
+    assert [cut.supervisions[0].text for cut in read_corpus(path)] == ["path", "text"]
+
+
+def test_two_fields_of_one_meaning_are_a_bad_line(audio: Path) -> None:
+    rows = [{"file_name": "a.wav", "text": "one"}]
+    rows.append({"file_name": "b.wav", "text": "one", "transcription": "two"})
+    report = check_corpus(read_corpus(write_jsonl(audio / "m.jsonl", rows)))
+    assert (report.n_ok, report.reasons) == (1, {"bad_line": 1})
+
+
+def test_a_sidecar_that_is_no_utf8_spoils_its_own_line(audio: Path) -> None:
+    sidecars(audio)
+    (audio / "a.txt").write_bytes("good".encode("utf-16"))
+    report = check_corpus(read_corpus(audio))
+    assert (report.n_ok, report.reasons) == (1, {"bad_line": 1})
 
 
 def test_variables_in_paths(monkeypatch: pytest.MonkeyPatch) -> None:

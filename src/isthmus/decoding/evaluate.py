@@ -12,7 +12,7 @@ from typing import Any
 from lhotse.cut import Cut
 
 from isthmus.decoding.calibration import Calibration, calibrate
-from isthmus.decoding.recogniser import Recogniser
+from isthmus.decoding.recogniser import Recogniser, Result
 from isthmus.decoding.transcript import Transcript
 from isthmus.errors import IsthmusError
 from isthmus.files import write_atomic
@@ -55,6 +55,7 @@ class Evaluation:
     feature_cache: str = "none"  # or the precision of the frames that were taken from it
     languages: LanguageScores | None = None  # where there are several
     ears: Source | None = None  # the run whose ears heard, if not its own
+    unwritten: OSError | None = None  # why transcripts could not be written
 
     @property
     def unheard(self) -> dict[str, Counter[str]]:
@@ -98,7 +99,8 @@ class Evaluation:
         """A JSON-lines manifest a set, in the form of the Open ASR Leaderboard, with ids."""
         files = new_files(folder, self.sets)
         for name, items in self.sets.items():
-            _write_set(files[name], items)
+            if unwritten := _write_set(files[name], items):
+                raise unwritten
         return list(files.values())
 
 
@@ -114,7 +116,7 @@ def evaluate(
 
     Rates are fractions. The words of recordings that cannot be heard count as deleted; lines
     without a transcript are counted in `left_out`. Transcripts are written into `folder` before
-    they are scored.
+    they are scored; where that fails, `unwritten` says why.
 
     Raises:
         IsthmusError: before anything is decoded, for an unknown normaliser, for files that exist
@@ -128,19 +130,15 @@ def evaluate(
     files = {} if folder is None else new_files(Path(folder), sets)
     done, total = 0, sum(map(len, sets.values()))
     decoded: dict[str, list[Decoded]] = {}
+    unwritten: OSError | None = None
     for name, cuts in sets.items():
         decoded[name] = []
         for result in recogniser.results(cuts):
-            cut, found = cuts[result.index], result.found
-            if isinstance(found, Transcript):
-                decoded[name].append(Decoded(cut, found, result.seconds))
-            else:
-                decoded[name].append(Decoded(cut, Transcript((), 0.0), 0.0, found))
-                log.info("counted as deleted: %s", found)
+            decoded[name].append(_decoded(cuts[result.index], result))
             done += 1
             on_batch(done, total)
         if files:
-            _write_set(files[name], decoded[name])
+            unwritten = _write_set(files[name], decoded[name]) or unwritten
     faults = [item for items in decoded.values() for item in items if item.fault]
     if len(faults) == total:
         reasons = ", ".join(sorted(set(map(_reason, faults))))
@@ -149,11 +147,25 @@ def evaluate(
     spoken = {n: {one.cut.id: language(one.cut) for one in items} for n, items in decoded.items()}
     languages = score_languages(scores, spoken)
     _warn_of_marks(decoded, normaliser)
-    settings = recogniser.settings.model_dump(mode="json")
-    cache = recogniser.cache.precision if recogniser.cache else "none"
     return Evaluation(
-        decoded, scores, settings, left_out, recogniser.longest, cache, languages, recogniser.ears
+        decoded,
+        scores,
+        recogniser.settings.model_dump(mode="json"),
+        left_out,
+        recogniser.longest,
+        recogniser.cache.precision if recogniser.cache else "none",
+        languages,
+        recogniser.ears,
+        unwritten,
     )
+
+
+def _decoded(cut: Cut, result: Result) -> Decoded:
+    """What was heard of a cut; nothing, with the reason, where it cannot be heard."""
+    if isinstance(result.found, Transcript):
+        return Decoded(cut, result.found, result.seconds)
+    log.info("counted as deleted: %s", result.found)
+    return Decoded(cut, Transcript((), 0.0), 0.0, result.found)
 
 
 def _warn_of_marks(decoded: Mapping[str, Sequence[Decoded]], normaliser: str) -> None:
@@ -219,9 +231,14 @@ def _file_name(name: str) -> str:
     return f"{name.replace('/', '_')}.jsonl"
 
 
-def _write_set(file: Path, items: Sequence[Decoded]) -> None:
+def _write_set(file: Path, items: Sequence[Decoded]) -> OSError | None:
+    """Why it could not be written, which is no reason to lose what was decoded."""
     lines = [json.dumps(_row(item), ensure_ascii=False) + "\n" for item in items]
-    write_atomic(file, "".join(lines))
+    try:
+        write_atomic(file, "".join(lines))
+    except OSError as error:
+        return error
+    return None
 
 
 def _reason(item: Decoded) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from isthmus.decoding.transcript import Segment, Transcript, Word, gap, words_of
-from isthmus.errors import IsthmusError, suggest
+from isthmus.errors import IsthmusError, of_system, suggest
 from isthmus.files import write_atomic
 from isthmus.speech.formats import audio_files
 
@@ -188,7 +188,7 @@ def check_folder(folder: str | Path) -> None:
         with tempfile.TemporaryFile(dir=place):  # nothing says it as surely as trying
             pass
     except OSError as error:
-        raise IsthmusError(
+        raise type(of_system(error))(
             f"{folder} cannot be written: nothing can be made in {place} ({error.strerror}). Name "
             "another folder with --output-dir."
         ) from error

@@ -15,10 +15,11 @@ from typing import TypeAlias
 
 import numpy as np
 
-from isthmus.decoding.transcript import UNSPACED, Segment, Word, words_of
+from isthmus.decoding.transcript import Segment, Word, words_of
 from isthmus.errors import IsthmusError
 from isthmus.speech.activity import Region, speech_regions
 from isthmus.speech.audio import SAMPLE_RATE
+from isthmus.text import UNSPACED
 
 OVERLAP_SECONDS = 2.0  # five words or so
 LONGEST_SILENCE_SECONDS = 1.0  # within a chunk; a longer one is dropped

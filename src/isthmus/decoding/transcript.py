@@ -6,18 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from isthmus.text import UNSPACED
+
 FinishReason = Literal["stop", "length", "repetition", "no_speech", "deadline"]
 """Why a segment ends: its end token; no more tokens allowed; it began to repeat itself; there was
 nothing to hear; time was up."""
 # the first that is found among its segments stands for a transcript
 WORST: tuple[FinishReason, ...] = ("deadline", "repetition", "length", "stop", "no_speech")
 
-
-# Thai and Lao, Burmese, Khmer, kana, Han, with their punctuation: written without spaces.
-UNSPACED = re.compile(
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3001-\u312f\u31f0-\u31ff\u3400-\u9fff"
-    "\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
-)
 _WORD = re.compile(rf"[^\w\s]*{UNSPACED.pattern}[^\w\s]*|(?:(?!{UNSPACED.pattern})\S)+")
 
 

@@ -7,6 +7,7 @@ global to the process and not thread-safe: call `speak` from one thread only.
 
 import _ctypes
 import ctypes
+import io
 import itertools
 import json
 import multiprocessing
@@ -347,7 +348,9 @@ def _utterance(
     name = "synthetic" if language == ENGLISH else f"synthetic_{language}"
     utterance_id = f"{name}_{seed}_{index:06d}"
     audio = f"audio/{utterance_id}.flac"
-    soundfile.write(folder / audio, waveform, SAMPLE_RATE, subtype="PCM_16")
+    content = io.BytesIO()  # libsndfile has no words for a full disk
+    soundfile.write(content, waveform, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    (folder / audio).write_bytes(content.getvalue())
     shift = lead / SAMPLE_RATE
     return {
         "id": utterance_id,

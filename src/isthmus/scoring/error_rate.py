@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from isthmus.errors import IsthmusError
 from isthmus.scoring.normalise import normaliser as find_normaliser
+from isthmus.text import UNSPACED
 
 __all__ = [
     "ErrorCounts",
@@ -32,10 +33,6 @@ __all__ = [
 
 Interval: TypeAlias = tuple[float, float]
 Missing: TypeAlias = Literal["error", "empty"]
-
-# First and last letter of scripts written without spaces: Thai and Lao, Myanmar, Khmer, kana, Han.
-_UNSPACED = [(0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x3040, 0x30FF)]
-_UNSPACED += [(0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF)]
 
 
 @dataclass(frozen=True)
@@ -412,7 +409,7 @@ def _rate(errors: int, total: int) -> float | None:
 
 def _unspaced(text: str) -> int:
     """Characters of scripts without spaces between words."""
-    return sum(any(low <= ord(letter) <= high for low, high in _UNSPACED) for letter in text)
+    return len(UNSPACED.findall(text))
 
 
 def _named(ids: Sequence[str], limit: int = 5) -> str:

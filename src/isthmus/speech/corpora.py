@@ -14,7 +14,7 @@ from lhotse.cut import Cut
 
 from isthmus.errors import IsthmusError
 from isthmus.speech.audio import AudioError, audio_info
-from isthmus.speech.cuts import FAULT, ORIGIN, check_header, lhotse_cut, load_cut, to_cut
+from isthmus.speech.cuts import FAULT, ORIGIN, check_header, lhotse_cuts, load_cut, to_cut
 from isthmus.speech.formats import read_lines, recognise
 from isthmus.speech.utterances import (
     Fault,
@@ -56,7 +56,7 @@ def read_corpus(path: str | Path) -> CutSet:
     path = find_corpus(path)
     form = recognise(path)
     builder = UtteranceBuilder(probe=lru_cache(maxsize=4096)(audio_info))
-    cuts = [_cut(line, form, builder) for line in read_lines(path, form)]
+    cuts = [cut for line in read_lines(path, form) for cut in _cuts(line, form, builder)]
     if not cuts:
         raise IsthmusError(f"{path}: there is no utterance in it. Name a corpus that has some.")
     faults = [_line_fault(cut) for cut in cuts]
@@ -65,13 +65,13 @@ def read_corpus(path: str | Path) -> CutSet:
     return CutSet.from_cuts(cuts)
 
 
-def _cut(line: Line, form: str, builder: UtteranceBuilder) -> Cut:
+def _cuts(line: Line, form: str, builder: UtteranceBuilder) -> list[Cut]:
     if form == "lhotse" and not line.fault:
         try:
-            return lhotse_cut(line)
+            return lhotse_cuts(line)
         except IsthmusError as error:
             line = line.broken(str(error))
-    return to_cut(builder.build(line))
+    return [to_cut(builder.build(line))]
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import numpy as np
 from lhotse import AudioSource, MonoCut, Recording, SupervisionSegment
 from lhotse.cut import Cut
 from lhotse.serialization import deserialize_item
+from lhotse.utils import fastcopy
 
 from isthmus.errors import IsthmusError
 from isthmus.speech.audio import (
@@ -16,8 +17,7 @@ from isthmus.speech.audio import (
     audio_info,
     load_audio,
 )
-from isthmus.speech.formats import beside_or_here
-from isthmus.speech.utterances import Line, Utterance
+from isthmus.speech.utterances import Line, Utterance, beside, is_there
 
 # Custom fields that isthmus adds to a cut: the line it came from, and what is wrong with that line.
 ORIGIN, FAULT = "isthmus_origin", "isthmus_fault"
@@ -58,8 +58,9 @@ def to_cut(utterance: Utterance) -> MonoCut:
     )
 
 
-def lhotse_cut(line: Line) -> Cut:
-    """The cut of one line of a lhotse manifest.
+def lhotse_cuts(line: Line) -> list[Cut]:
+    """The utterances of one line of a lhotse manifest: a cut, or those parts of it that its
+    supervisions cover, called as these are where there are several.
 
     Raises IsthmusError for other items; its message leaves the place to the caller.
     """
@@ -72,19 +73,35 @@ def lhotse_cut(line: Line) -> Cut:
             f"a {type(cut).__name__} where a cut was expected. Join recordings and supervisions "
             "with `lhotse cut simple`."
         )
-    if len(cut.supervisions) > 1:
+    if not isinstance(cut, MonoCut):
+        return [cut]  # which cannot be loaded, and says so then
+    cut.custom = {**(cut.custom or {}), ORIGIN: line.origin}
+    for source in cut.recording.sources if cut.has_recording else ():
+        if source.type == "file":
+            here = beside(Path(), source.source)
+            source.source = str(here if is_there(here) else beside(line.base, source.source))
+    return [_supervised(cut, one) for one in cut.supervisions] or [cut]
+
+
+def _supervised(cut: MonoCut, supervision: SupervisionSegment) -> MonoCut:
+    """The part of `cut` that a supervision covers; the same cut where that is all of it."""
+    start, end = supervision.start, supervision.end
+    if not (-DURATION_TOLERANCE <= start < end <= cut.duration + DURATION_TOLERANCE):
         raise IsthmusError(
-            f"cut {cut.id!r} holds {len(cut.supervisions)} supervisions; an utterance has one. "
-            "Split it with `lhotse cut trim-to-supervisions`."
+            f"cut {cut.id!r} lasts {cut.duration} s, and its supervision {supervision.id!r} "
+            f"reaches from {start} s to {end} s. Correct them, or trim the supervision."
         )
-    if isinstance(cut, MonoCut):
-        cut.custom = {**(cut.custom or {}), ORIGIN: line.origin}
-        for source in cut.recording.sources if cut.has_recording else ():
-            if source.type == "file":
-                path = beside_or_here(source.source, Path())
-                here = Path(path) if Path(path).exists() else line.base / source.source
-                source.source = str(here)
-    return cut
+    is_only = len(cut.supervisions) == 1
+    if is_only and max(start, cut.duration - end) <= DURATION_TOLERANCE:
+        return cut
+    start, end = max(0.0, start), min(cut.duration, end)
+    return fastcopy(
+        cut,
+        id=cut.id if is_only else supervision.id,
+        start=round(cut.start + start, 8),
+        duration=round(end - start, 8),
+        supervisions=[supervision.with_offset(-supervision.start)],
+    )
 
 
 def transcript(cut: Cut) -> str:

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from isthmus.errors import IsthmusError
-from isthmus.speech.utterances import Line, Row, same_id
-from isthmus.text import json_rows, raw_lines, table_rows, text_lines
+from isthmus.speech.utterances import Line, Row, beside, is_there, same_id
+from isthmus.text import composed, json_rows, raw_lines, table_rows, text_lines
 
 AUDIO_SUFFIXES = frozenset(
     f".{name}"
@@ -124,11 +124,8 @@ def _json_lines(path: Path, fields: dict[str, str]) -> Iterator[Line]:
 
 def beside_or_here(audio: str, base: Path) -> str:
     """`audio` relative to `base`, or to the working folder where only that exists."""
-    try:
-        if not (base / audio).exists() and Path(audio).exists():
-            return str(Path(audio).absolute())
-    except (OSError, ValueError):  # a name too long or with a NUL: loading it will say so
-        pass
+    if not is_there(beside(base, audio)) and is_there(here := beside(Path(), audio)):
+        return str(here.absolute())
     return audio
 
 
@@ -169,9 +166,9 @@ def _folder(folder: Path) -> Iterator[Line]:
         row: Row = {"audio": str(relative), "id": "-".join(relative.with_suffix("").parts)}
         line = Line({}, folder, str(file), position)
         for suffix in (".txt", ".lab"):
-            if file.with_suffix(suffix).is_file():
+            if is_there(beside(folder, sidecar := relative.with_suffix(suffix))):
                 try:
-                    row["text"] = "".join(raw_lines(file.with_suffix(suffix))).strip()
+                    row["text"] = "".join(raw_lines(beside(folder, sidecar))).strip()
                 except IsthmusError as error:
                     line = line.broken(str(error))
                 break
@@ -186,7 +183,7 @@ def transcript_lines(path: Path) -> Iterator[Line]:
             (
                 identifier + suffix
                 for suffix in (".flac", *sorted(AUDIO_SUFFIXES))
-                if (path.parent / (identifier + suffix)).is_file()
+                if is_there(beside(path.parent, identifier + suffix))
             ),
             identifier + ".flac",
         )
@@ -218,12 +215,12 @@ def _are_names(cells: Collection[str]) -> bool:
 
 def _find_audio(name: str, base: Path) -> str:
     """The file meant by a table's name: itself, or with a suffix, or in a usual folder."""
-    if Path(name).suffix.lower() in AUDIO_SUFFIXES and (base / name).is_file():
+    if Path(name).suffix.lower() in AUDIO_SUFFIXES and is_there(beside(base, name)):
         return name
     for folder in ("", "wavs", "clips", "audio", "wav"):
         for suffix in ("", *sorted(AUDIO_SUFFIXES)):
             candidate = Path(folder) / (name + suffix)
-            if candidate.suffix.lower() in AUDIO_SUFFIXES and (base / candidate).is_file():
+            if candidate.suffix.lower() in AUDIO_SUFFIXES and is_there(beside(base, candidate)):
                 return str(candidate)
     return name
 
@@ -262,12 +259,15 @@ def _kaldi(folder: Path) -> Iterator[Line]:
         }
         yield replace(line, row=row)
     yield from spare
+    for identifier, line in fields.get("text", {}).items():
+        if identifier not in source:
+            yield line.broken(f"utterance {identifier!r} has no audio", "missing")
 
 
 def _segment(value: str, audio: dict[str, Line]) -> Row:
     """File and times of `recording start end`; raises ValueError."""
     try:
-        recording, begin, end = value.split()
+        recording, begin, end = composed(value).split()
         start, stop = float(begin), float(end)
     except ValueError as error:
         raise ValueError(
@@ -288,6 +288,7 @@ def _mapping(path: Path, spare: list[Line]) -> dict[str, Line]:
     found: dict[str, Line] = {}
     for number, text in text_lines(raw_lines(path)):
         key, *rest = text.split(maxsplit=1)
+        key = composed(key)
         value = rest[0].strip() if rest else ""
         line = Line({"value": value}, path.parent, f"{path}:{number}", number)
         if key in found:

@@ -22,8 +22,10 @@ from isthmus.speech.utterances import (
     Row,
     Utterance,
     UtteranceBuilder,
+    beside,
     expand_path,
     find_corpus,
+    is_there,
 )
 from isthmus.text import raw_lines, text_lines
 
@@ -135,7 +137,7 @@ def _mls_lines(transcripts: Path, language_folder: Path) -> Iterator[Line]:
             continue
         folder = audio / parts[0] / parts[1]
         suffixes = (".flac", ".opus", *sorted(AUDIO_SUFFIXES))
-        suffix = next((s for s in suffixes if (folder / (identifier + s)).is_file()), ".flac")
+        suffix = next((s for s in suffixes if is_there(beside(folder, identifier + s))), ".flac")
         row: Row = {
             "id": identifier,
             "audio": identifier + suffix,
@@ -171,8 +173,7 @@ def _write(manifest: Path, utterances: Iterable[Utterance], source: str) -> None
             stacklevel=3,
         )
     _refuse_existing(manifest)
-    # Text that was no UTF-8 stays wrong rather than stop the writing: the corpus check names it.
-    write_atomic(manifest, "".join(lines).encode("utf-8", errors="surrogatepass"))
+    write_atomic(manifest, "".join(lines))
 
 
 def _row(utterance: Utterance, folder: Path) -> Row:

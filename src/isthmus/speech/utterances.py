@@ -7,6 +7,7 @@ reading: the utterance carries its `fault`, and the corpus check counts it and s
 import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -173,6 +174,26 @@ def same_id(first: str) -> str:
     return f"has the id of another one at {first}. Remove one of them, or rename it."
 
 
+def beside(base: Path, name: str | Path) -> Path:
+    """File `name` in folder `base`, its accents composed or not, as the disk has them."""
+    path = base / name
+    if str(name).isascii():
+        return path
+    found = base
+    for part in Path(name).parts:
+        forms = [part, *(unicodedata.normalize(form, part) for form in ("NFC", "NFD"))]
+        found = next((found / form for form in forms if is_there(found / form)), found / part)
+    return found if is_there(found) else path
+
+
+def is_there(path: Path) -> bool:
+    """Whether the file exists; no name too long for the disk or with a NUL in it does."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
 class _Faults:
     """Collects what is wrong with one utterance, which `where` names; `known` comes first."""
 
@@ -186,7 +207,7 @@ class _Faults:
 
 def _path(audio: object, base: Path, faults: _Faults) -> Path:
     if isinstance(audio, (str, Path)) and str(audio):
-        return base / audio
+        return beside(base, audio)
     faults.add("missing", f"has no audio file but {audio!r}. Give the path of its file.")
     return Path()
 

@@ -89,3 +89,4 @@ def print_json(value: Any) -> None:
     """One JSON value on standard output."""
     json.dump(value, sys.stdout, ensure_ascii=False)
     sys.stdout.write("\n")
+    sys.stdout.flush()  # a full disk is to be noticed here, not when Python ends

@@ -455,6 +455,8 @@ def evaluate(options: EvaluateOptions) -> None:
         print_json(report)
     else:
         print_scores(report, own.model_dump(mode="json"))
+    if result.unwritten:
+        raise result.unwritten
     if any(result.left_out.values()) or any(result.unheard.values()):
         raise typer.Exit(1)
 
