@@ -8,7 +8,7 @@ float32 with its own sample rate: streams that were joined change it, and the nu
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import BinaryIO, Literal
 
@@ -22,6 +22,7 @@ from isthmus.speech.containers import Promise
 
 DURATION_TOLERANCE = 0.025  # s, that a file or cut may lack or have in excess
 _BLOCK_SAMPLES = 1 << 20  # over all channels: 4 MiB as float32
+_GATHERED_SAMPLES = 1 << 16  # a channel
 _LINEAR = ("PCM_", "FLOAT", "DOUBLE", "ULAW", "ALAW")
 # AAC and Opus pad the first and the last packet; containers differ in whether they count that.
 _PADDING = 0.1  # s
@@ -223,6 +224,10 @@ class AvReader:
 
     def blocks(self, start: float, duration: float | None) -> Iterator[Block]:
         """Blocks of the part asked for, in seconds."""
+        return _gathered(self._part(start, duration))
+
+    def _part(self, start: float, duration: float | None) -> Iterator[Block]:
+        """The part as it comes, a frame of a few milliseconds at a time."""
         end = math.inf if duration is None else start + duration
         time = 0.0
         for time, samples, rate in self._timed(start):
@@ -291,6 +296,20 @@ class AvReader:
 
     def close(self) -> None:
         self._container.close()
+
+
+def _gathered(frames: Iterable[Block]) -> Iterator[Block]:
+    """Blocks of many frames each, as far as their rates and channels are the same."""
+    kept: list[np.ndarray] = []
+    kind, size = (0, 0), 0
+    for samples, rate in frames:
+        if kept and (kind != (rate, samples.shape[1]) or size >= _GATHERED_SAMPLES):
+            yield np.concatenate(kept), kind[0]
+            kept, size = [], 0
+        kept.append(samples)
+        kind, size = (rate, samples.shape[1]), size + len(samples)
+    if kept:
+        yield np.concatenate(kept), kind[0]
 
 
 def _samples(frame: AudioFrame) -> np.ndarray:

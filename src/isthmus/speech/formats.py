@@ -32,7 +32,7 @@ AUDIO_SUFFIXES = frozenset(
             "tta",
             "wv",
         ),
-        *("3gp", "avi", "m4b", "mka", "mov", "mpga", "oga", "ts"),
+        *("3gp", "avi", "m4b", "mka", "mov", "mpga", "oga"),
     )
 )
 TABLES = ("metadata.csv", "metadata.tsv", "transcripts.tsv", "transcripts.csv")
