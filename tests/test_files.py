@@ -132,6 +132,14 @@ def test_whatever_fails_in_a_folder_leaves_a_whole_one(tmp_path: Path) -> None:
         assert os.listdir(tmp_path) == ["checkpoint"]
 
 
+def test_of_a_link_only_the_link_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    for name, target in (("run", "far"), ("broken", "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        remove_folder(tmp_path / name)
+    assert os.listdir(tmp_path) == ["far"]
+
+
 def test_a_folder_that_cannot_be_filled_leaves_the_old_one(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoint"
     write_folder(folder, fill)

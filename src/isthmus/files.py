@@ -257,10 +257,10 @@ def _rename(path: Path, target: Path) -> None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():  # of a link, what it names stays
         _operation("rmtree", path)
         shutil.rmtree(path)
-    elif path.exists():
+    elif os.path.lexists(path):
         _operation("unlink", path)
         path.unlink()
 

@@ -303,19 +303,10 @@ def test_segments_without_an_overlap_stay_as_they_are() -> None:
     assert list(joined([])) == []
 
 
-@pytest.mark.parametrize("following", ["b c d", "x b y", "x y"])
-def test_the_text_is_the_same_with_times_and_without(following: str) -> None:
-    texts = []
-    for timed in (True, False):
-        segments = [
-            Segment(start, start + 10, text, words=words if timed else ())
-            for start, text in ((0.0, "a b c b"), (8.0, following))
-            if (
-                words := tuple(Word(w, start + i, start + i, 1) for i, w in enumerate(text.split()))
-            )
-        ]
-        texts.append([segment.text for segment in join(*segments, 2.0)])
-    assert texts[0] == texts[1]
+def test_times_decide_where_no_word_is_shared() -> None:
+    first = Segment(0, 10, "a b", words=(Word("a", 7.0, 7.5, 1), Word("b", 9.2, 9.9, 1)))
+    second = Segment(8, 18, "x y", words=(Word("x", 8.1, 8.5, 1), Word("y", 9.1, 9.8, 1)))
+    assert [s.text for s in join(first, second, 2.0)] == ["a", "y"]
 
 
 def test_a_reading_is_cut_in_its_pauses() -> None:

@@ -238,6 +238,8 @@ def test_segments_of_timed_words_last_from_the_first_to_the_last(chunk_seconds: 
     timed = transcriber.transcribe(waveform, word_timestamps=True)
     plain = transcriber.transcribe(waveform)
     assert plain.segments[0].start == 0.0
+    assert plain.text == timed.text  # whether chunks overlap or not
+    assert not plain.words
     assert timed.segments[0].text.startswith("one two three")
     for segment in filter(lambda one: one.text, timed.segments):
         assert segment.start == segment.words[0].start > 0

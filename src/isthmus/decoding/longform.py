@@ -28,6 +28,7 @@ QUIET_SECONDS = 0.05  # over which loudness is measured where no pause is found
 WORDS_PER_SECOND = 5.0  # of fast speech: how many words an overlap may hold
 LETTERS_PER_SECOND = 10.0  # the same where no spaces divide words
 SIMILAR = 0.6  # ratio of difflib, from which one word may be the other cut off
+SAME_WORD_SECONDS = 0.75  # how far apart two decodings may place one word
 
 Detect: TypeAlias = Callable[[np.ndarray], list[Region]]
 
@@ -203,8 +204,8 @@ def joined(segments: Iterable[tuple[Segment, float]]) -> Iterator[Segment]:
         if held is not None:
             heard = join(held.as_by_ctc, segment.as_by_ctc, overlap)
             held, segment = join(held, segment, overlap)
-            yield replace(held, ctc_text=heard[0].text)
-            segment = replace(segment, ctc_text=heard[1].text)
+            yield replace(held, ctc_text=heard[0].text, ctc_words=heard[0].words)
+            segment = replace(segment, ctc_text=heard[1].text, ctc_words=heard[1].words)
         held = segment
     if held is not None:
         yield held
@@ -214,9 +215,8 @@ def join(previous: Segment, following: Segment, overlap_seconds: float) -> tuple
     """Both segments without what they say twice in the `overlap_seconds` that both have heard.
 
     Words at an edge may be cut off, garbled or missing; the other segment has them whole. The
-    two agree where their words do. Times of words follow the text and never decide it: it is to be
-    the same whether they are asked for or not. Text, words, start and end are changed; tokens and
-    scores stay those of the decoding.
+    two agree where their words do, helped by the words' times where both have them. Text, words,
+    start and end are changed; tokens and scores stay those of the decoding.
     """
     if overlap_seconds <= 0 or not previous.text or not following.text:
         return previous, following
@@ -224,8 +224,15 @@ def join(previous: Segment, following: Segment, overlap_seconds: float) -> tuple
     rate = LETTERS_PER_SECOND if letters else WORDS_PER_SECOND
     reach = int(overlap_seconds * rate) + 2
     before, after = _units(previous), _units(following)
+    timed = all(word is not None for word in (*before.words, *after.words))
     tail = max(0, len(before.texts) - reach)
-    keep, drop = _seam(before.texts[tail:], after.texts[:reach])
+    begin = following.start
+    if timed:  # of the words that may lie in the overlap, all
+        ends = [word.end for word in before.words if word is not None]
+        tail = sum(end <= begin - SAME_WORD_SECONDS for end in ends)
+        starts = [word.start for word in after.words if word is not None]
+        reach = sum(start < begin + overlap_seconds + SAME_WORD_SECONDS for start in starts)
+    keep, drop = _seam(before.from_(tail), after.to(reach), begin + overlap_seconds / 2)
     return _cut(previous, following, before.to(tail + keep), after.from_(drop), overlap_seconds)
 
 
@@ -260,30 +267,42 @@ def _units(segment: Segment) -> _Units:
     return _Units(found, list(segment.words) if timed else [None] * len(found))
 
 
-def _seam(tail: list[str], head: list[str]) -> tuple[int, int]:
-    """How many of the tail to keep, and how many of the head to drop for them."""
+def _seam(tail: _Units, head: _Units, middle: float) -> tuple[int, int]:
+    """How many of the tail to keep, and how many of the head to drop for them.
+
+    `middle` is the time at which the seam should lie.
+    """
+    if not tail.texts or not head.texts:
+        return len(tail.texts), 0
     pairs = _align(tail, head)
     same = [pair for pair in pairs if _same(tail, head, *pair)]
     if same:
-        i, j = same[(len(same) - 1) // 2]
-        return i + 1, j + 1
+        best = same[(len(same) - 1) // 2]
+        if tail.words[0] is not None:
+            best = min(same, key=lambda pair: abs(_centre(tail.words[pair[0]]) - middle))
+        return best[0] + 1, best[1] + 1
     if pairs:  # one word, cut off in one of them
         i, j = pairs[0]
-        cut_in_tail = i == len(tail) - 1
-        if cut_in_tail and (j > 0 or len(head[0]) >= len(tail[i])):
+        cut_in_tail = i == len(tail.texts) - 1
+        if cut_in_tail and (j > 0 or len(head.texts[0]) >= len(tail.texts[i])):
             return i, j
         return i + 1, j + 1
-    return len(tail), 0  # rather twice than not at all
+    if tail.words[0] is None:
+        return len(tail.texts), 0  # rather twice than not at all
+    return (
+        sum(_centre(word) < middle for word in tail.words),
+        sum(_centre(word) < middle for word in head.words),
+    )
 
 
-def _align(tail: list[str], head: list[str]) -> list[tuple[int, int]]:
+def _align(tail: _Units, head: _Units) -> list[tuple[int, int]]:
     """Places (in tail, in head) of one word, by the best alignment of an end with a beginning.
 
     What comes before the overlap in the tail and after it in the head is free, and so is one
     garbled word at either edge; in between a missing or a different word costs 1, and a common
     one brings 2.
     """
-    rows, columns = len(tail), len(head)
+    rows, columns = len(tail.texts), len(head.texts)
     score = np.zeros((rows + 1, columns + 1), np.int64)
     score[0] = np.minimum(0, 1 - np.arange(columns + 1))
     for i in range(rows):
@@ -311,18 +330,26 @@ def _align(tail: list[str], head: list[str]) -> list[tuple[int, int]]:
     return pairs[::-1]
 
 
-def _likeness(tail: list[str], head: list[str], i: int, j: int) -> int:
+def _likeness(tail: _Units, head: _Units, i: int, j: int) -> int:
     """2 for the same word, 1 for one that may be the other cut off at an edge, else -1."""
     if _same(tail, head, i, j):
         return 2
-    one, other = _plain(tail[i]), _plain(head[j])
-    if (i == len(tail) - 1 or j == 0) and len(one) > 1 and len(other) > 1:
+    at_edge = i == len(tail.texts) - 1 or j == 0
+    one, other = _plain(tail.texts[i]), _plain(head.texts[j])
+    if at_edge and _near(tail.words[i], head.words[j]) and len(one) > 1 and len(other) > 1:
         return 1 if SequenceMatcher(None, one, other).ratio() >= SIMILAR else -1
     return -1
 
 
-def _same(tail: list[str], head: list[str], i: int, j: int) -> bool:
-    return _plain(tail[i]) == _plain(head[j]) != ""
+def _same(tail: _Units, head: _Units, i: int, j: int) -> bool:
+    one, other = _plain(tail.texts[i]), _plain(head.texts[j])
+    return one == other != "" and _near(tail.words[i], head.words[j])
+
+
+def _near(one: Word | None, other: Word | None) -> bool:
+    if one is None or other is None:
+        return True
+    return abs(_centre(one) - _centre(other)) <= SAME_WORD_SECONDS
 
 
 def _plain(text: str) -> str:

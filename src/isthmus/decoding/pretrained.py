@@ -85,7 +85,8 @@ class CTCRecogniser(Recogniser):
     def _segment(self, speech: Speech, ctc: CTCHead, log_probs: Tensor, words: bool) -> Segment:
         text = ctc.text(ctc.best_path(log_probs))
         segment = Segment(0.0, speech.seconds, text, ctc_text=text)
-        return replace(segment, words=self._timed(speech, segment, log_probs)) if words else segment
+        found = self._timed(speech, segment, log_probs) if words else ()
+        return replace(segment, words=found, ctc_words=found)
 
 
 class Seq2SeqRecogniser(Recogniser):

@@ -165,10 +165,16 @@ class Recogniser(ABC):
         """The waveform (S,), 16 kHz mono float32. Raises AudioError where it cannot be read."""
         return _waveform(audio)
 
+    @property
+    def tells_times(self) -> bool:
+        """Whether it can tell when words were said."""
+        head = self.ctc if self.aligner is None else self.aligner.ctc
+        return head is not None and head.frame_rate is not None
+
     def check_words(self, wanted: bool) -> None:
         """Raise IsthmusError if words are wanted and nothing can tell when they were said."""
         head = self.ctc if self.aligner is None else self.aligner.ctc
-        if wanted and (head is None or head.frame_rate is None):
+        if wanted and not self.tells_times:
             reason = self.without_ctc if head is None else "this run's has no steady rate of labels"
             raise IsthmusError(
                 f"Word timestamps need a CTC model, and {reason}. Name one with "
@@ -244,12 +250,13 @@ class Recogniser(ABC):
             for batch in _batches(chunks, self.settings.batch_size):
                 # What the cutting found to be speech is not asked again whether it is.
                 speech = [Speech(chunk.waveform, language=language) for chunk in batch]
-                heard = self._decode(speech, words)
+                # Times tell where chunks join: asked for or not, lest the text depend on it.
+                heard = self._decode(speech, words or self.tells_times)
                 for chunk, segment in zip(batch, heard, strict=True):
                     yield segment.shifted(chunk.start), chunk.overlap
 
         for segment in joined(decoded()):  # which goes by the times of the chunks
-            yield segment.timed_by_words()
+            yield segment.timed_by_words() if words else replace(segment, words=())
 
     def _regions(self, waveform: np.ndarray) -> list[Region]:
         """Where somebody speaks; everywhere, without a gate."""

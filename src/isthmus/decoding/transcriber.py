@@ -164,7 +164,11 @@ class Transcriber(Recogniser):
         if not words:
             return segments
         return [
-            replace(segment, words=self._timed(one, segment, own))
+            replace(
+                segment,
+                words=self._timed(one, segment, own),
+                ctc_words=self._timed(one, segment.as_by_ctc, own) if segment.ctc_text else (),
+            )
             for one, segment, own in zip_longest(speech, segments, heard)
         ]
 

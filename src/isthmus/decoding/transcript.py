@@ -69,6 +69,7 @@ class Segment:
     alternatives: tuple[Alternative, ...] = ()  # with decode.nbest only, best first
     confidences: tuple[float, ...] = ()  # of its words (words_of), 0 to 1
     ctc_text: str = ""  # what the CTC head heard by itself, if there is one
+    ctc_words: tuple[Word, ...] = ()  # those of ctc_text, where words have times
     ctc_distance: float | None = None  # of the text from that, 0 to 1
     doubtful: bool = False  # the system seems out of its depth
 
@@ -79,15 +80,17 @@ class Segment:
 
     @property
     def as_by_ctc(self) -> "Segment":
-        """The same with the text of the CTC head, whose words have no times."""
-        return replace(self, text=self.ctc_text, words=())
+        """The same with the text of the CTC head and its words."""
+        return replace(self, text=self.ctc_text, words=self.ctc_words)
 
     def shifted(self, seconds: float) -> "Segment":
         """The same, that much later."""
-        words = [
-            replace(word, start=word.start + seconds, end=word.end + seconds) for word in self.words
-        ]
-        return replace(self, start=self.start + seconds, end=self.end + seconds, words=tuple(words))
+        words, ctc_words = (
+            tuple(replace(one, start=one.start + seconds, end=one.end + seconds) for one in own)
+            for own in (self.words, self.ctc_words)
+        )
+        start, end = self.start + seconds, self.end + seconds
+        return replace(self, start=start, end=end, words=words, ctc_words=ctc_words)
 
     def timed_by_words(self) -> "Segment":
         """The same, from its first word's start to its last one's end where words are timed."""

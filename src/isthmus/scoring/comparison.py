@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 from isthmus.errors import IsthmusError
 from isthmus.scoring.error_rate import Score, score_sets
 from isthmus.scoring.significance import PairedResult, paired_bootstrap
-from isthmus.scoring.texts import read_texts
+from isthmus.scoring.texts import read_pair, read_texts
 
 Texts: TypeAlias = dict[str, str]  # by utterance id
 Sets: TypeAlias = dict[str, tuple[Texts, Texts]]  # references and hypotheses by set
@@ -101,7 +101,7 @@ def compare(
 ) -> Comparison:
     """Systems a and b by what they wrote; intervals and p-values are those of `paired_bootstrap`.
 
-    With a `reference`, `a` and `b` are files of hypotheses, in any form of `read_texts`. Without
+    With a `reference`, `a` and `b` are files of hypotheses, in any form of `read_pair`. Without
     one they are manifests that `isthmus evaluate --output-dir` wrote, which hold the reference too,
     or folders of such manifests, in which sets are paired by the names of the files.
 
@@ -115,8 +115,7 @@ def compare(
         if Path(a).is_file() and Path(b).is_file():  # one set, whatever each calls it
             systems[1] = dict(zip(systems[0], systems[1].values(), strict=True))
     else:
-        name, said = Path(reference).stem, read_texts(reference, role="reference")
-        systems = [{name: (said, read_texts(path, role="hypothesis"))} for path in (a, b)]
+        systems = [{Path(reference).stem: read_pair(reference, path)[:2]} for path in (a, b)]
     holders = {str(path): _ids(sets, 1) for path, sets in zip((a, b), systems, strict=True)}
     if reference is not None:
         holders[str(reference)] = _ids(systems[0], 0)
