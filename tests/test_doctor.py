@@ -34,7 +34,7 @@ def test_it_says_what_a_report_needs(isthmus: Isthmus, home: Path) -> None:
     found = json.loads(out)
     for package in ("isthmus", "torch", "transformers", "peft", "soundfile"):
         assert found["versions"][package] == version(package)
-    assert found["extras"]["media"].startswith("av ")
+    assert found["extras"]["gguf"].startswith("gguf ")
     assert found["device"]["threads"].startswith(f"{torch.get_num_threads()} of ")
     assert found["parts"] == dict.fromkeys(PARTS, "not there")
     assert "free" in found["caches"]["hub"]
