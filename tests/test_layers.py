@@ -251,7 +251,21 @@ except SystemExit as end:
 """
 
 
-@pytest.mark.parametrize("program", [IMPORT, HELP], ids=["import", "help"])
+RECIPE = "from isthmus.recipe import load_recipe\nload_recipe('tiny/projector')"
+FAULT = """
+import sys
+from isthmus.cli import main
+sys.argv = ["isthmus", "train", "tiny/projector", "projector.type=linaer"]
+try:
+    main()
+except SystemExit as end:
+    assert end.code == 1, end.code
+"""
+
+
+@pytest.mark.parametrize(
+    "program", [IMPORT, HELP, RECIPE, FAULT], ids=["import", "help", "recipe", "fault"]
+)
 def test_the_first_word_is_light(program: str) -> None:
     assert last_line(program) == "[]"
 
