@@ -41,15 +41,13 @@ class Utterance:
 def prepared(system: Transcriber, count: int | None) -> list[Utterance]:
     """Utterances of the sets, sorted by length."""
     cuts = [cut for name in SETS for cut in read_corpus(f"${{ISTHMUS_SPEECH}}/{name}/dev.jsonl")]
-    model, ctc = system.model, system.ctc
-    assert ctc is not None
+    model = system.model
     found = []
     for cut in cuts[:count]:
         frames = model.encode_alone(torch.from_numpy(load_cut(cut)))
-        prompt = model.sequence(model.project([frames])[0])[0]
-        said = ctc.best_path(ctc.log_probs(frames[None])[0])
-        limit = system._budget(cut.duration)
-        found.append(Utterance(prompt, limit, system._tokens(said)))
+        audio, said, _ = system._listen([frames], keep=False)
+        prompt, limit = model.sequence(audio[0])[0], system._budget(cut.duration)
+        found.append(Utterance(prompt, limit, system._tokens(said[0])))
     return sorted(found, key=lambda one: len(one.prompt))
 
 
